@@ -1,0 +1,47 @@
+# How every room is built: lodge_library() makes a static library of a folder's sources, and one test program of
+# the *_test.cpp files that stand beside them.
+
+set(LODGE_WARNINGS -Wall -Wextra -Wpedantic -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wcast-align
+                   -Wno-missing-field-initializers -Werror)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "Clang")
+  list(APPEND LODGE_WARNINGS -Wno-gnu-zero-variadic-macro-arguments -Wno-gnu-case-range
+                             -Wno-zero-length-array -Wno-flexible-array-extensions -Wno-c99-extensions)
+endif()
+
+function(lodge_flags target)
+  target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${LODGE_WARNINGS}>)
+  if(LODGE_SANITIZE)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LODGE_SANITIZE}
+                           -fno-sanitize-recover=all -fno-omit-frame-pointer>)
+    target_link_options(${target} PUBLIC -fsanitize=${LODGE_SANITIZE})
+  endif()
+  if(LODGE_FUZZ)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=fuzzer-no-link,address,undefined
+                           -fno-sanitize-recover=all>)
+    target_link_options(${target} PUBLIC -fsanitize=address,undefined)
+  endif()
+endfunction()
+
+# lodge_library(NAME SOURCES a.cpp... [TESTS a_test.cpp...] [LINK libs...] [TEST_LINK libs...])
+function(lodge_library name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;TESTS;LINK;TEST_LINK" ${ARGN})
+  add_library(${name} STATIC ${ARG_SOURCES})
+  target_link_libraries(${name} PUBLIC ${ARG_LINK})
+  lodge_flags(${name})
+  if(LODGE_TESTS AND ARG_TESTS)
+    lodge_test(${name}_test SOURCES ${ARG_TESTS} LINK ${name} ${ARG_TEST_LINK})
+  endif()
+endfunction()
+
+# lodge_test(NAME SOURCES a_test.cpp... LINK libs... [TIMEOUT seconds]): one GoogleTest program in CTest.
+function(lodge_test name)
+  cmake_parse_arguments(ARG "" "TIMEOUT" "SOURCES;LINK" ${ARGN})
+  if(NOT ARG_TIMEOUT)
+    set(ARG_TIMEOUT 300)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE ${ARG_LINK} GTest::gtest GTest::gmock GTest::gtest_main)
+  lodge_flags(${name})
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT})
+endfunction()

@@ -1,0 +1,33 @@
+// Errors at set-up. Everything that can fail because of what a user asked for, or what the host lacks, throws one
+// of these; run-time paths (vCPU, virtqueue, device registers) never throw.
+#pragma once
+
+#include <fmt/format.h>
+
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <utility>
+
+namespace lodge {
+
+// Bad input or configuration. what() is one line that names the option or file and the remedy; the command prints
+// it and exits with status 2.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Throws UsageError with a formatted sentence.
+template <class... Args>
+[[noreturn]] void usage_error(fmt::format_string<Args...> format, Args&&... args) {
+  throw UsageError(fmt::format(format, std::forward<Args>(args)...));
+}
+
+// Throws std::system_error with `error` (a positive errno) and the sentence `what`.
+[[noreturn]] void throw_errno(int error, const std::string& what);
+
+// Throws std::system_error with the current errno.
+[[noreturn]] void throw_errno(const std::string& what);
+
+}  // namespace lodge

@@ -1,0 +1,39 @@
+// What a device sees of the machine: a register window to answer, and an interrupt to raise. Nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace lodge::machine {
+
+// A window of registers on the port or the memory bus. Several vCPU threads may call at once: the device guards
+// itself. Never throws, never blocks for long: this is the vCPU path.
+class RegisterWindow {
+ public:
+  virtual ~RegisterWindow() = default;
+  // `offset` from the window's base; `size` 1, 2, 4 or 8 (ports: at most 4), offset + size within the window.
+  virtual uint64_t read(uint64_t offset, unsigned size) noexcept = 0;
+  virtual void write(uint64_t offset, unsigned size, uint64_t value) noexcept = 0;
+};
+
+// An interrupt input of the machine: a line (level or edge) or an MSI. Any thread.
+class Interrupt {
+ public:
+  virtual ~Interrupt() = default;
+  virtual void set(bool level) noexcept = 0;
+  void pulse() noexcept {
+    set(true);
+    set(false);
+  }
+};
+
+// What a chip may ask of the machine as a whole. Any thread; takes effect soon after, not inside the call.
+enum class PowerRequest { reset, power_off };
+class Power {
+ public:
+  virtual ~Power() = default;
+  virtual void request(PowerRequest request) noexcept = 0;
+  // The guest ends the VM with this process exit status (isa-debug-exit).
+  virtual void exit_with(int status) noexcept = 0;
+};
+
+}  // namespace lodge::machine

@@ -1,0 +1,38 @@
+// The guest-physical and port layout of the machine, q35-like. Every fixed address is here and nowhere else.
+#pragma once
+
+#include <cstdint>
+
+namespace lodge::machine::layout {
+
+inline constexpr uint64_t KiB = 1024, MiB = 1024 * KiB, GiB = 1024 * MiB;
+
+// RAM: [0, min(size, low_ram_limit)) and the rest from 4 GiB on. 640 KiB to 1 MiB is RAM too (no VGA yet), but E820
+// reports it reserved.
+inline constexpr uint64_t low_ram_limit = 2 * GiB;
+inline constexpr uint64_t high_ram_base = 4 * GiB;
+
+inline constexpr uint64_t ecam_base = 0xb000'0000, ecam_size = 256 * MiB;        // PCI Express configuration, MCFG
+inline constexpr uint64_t pci_mmio_base = 0xc000'0000, pci_mmio_end = 0xfec0'0000;
+inline constexpr uint64_t pci_mmio64_base = 0x80'0000'0000, pci_mmio64_size = 0x80'0000'0000;  // from 512 GiB
+inline constexpr uint64_t ioapic_base = 0xfec0'0000;
+inline constexpr uint64_t hpet_base = 0xfed0'0000;
+inline constexpr uint64_t lapic_base = 0xfee0'0000;
+inline constexpr uint64_t tss_base = 0xfffb'd000;           // KVM_SET_TSS_ADDR: three pages (Intel hosts)
+inline constexpr uint64_t identity_map_base = 0xfffb'c000;  // KVM_SET_IDENTITY_MAP_ADDR: one page
+inline constexpr uint64_t pci_ports_base = 0xc000, pci_ports_end = 0x1'0000;  // BARs of I/O type
+
+// ACPI and SMBIOS tables: in the reserved area below 1 MiB, where the RSDP is searched for.
+inline constexpr uint64_t acpi_base = 0xe0000, acpi_size = 0x10000;
+inline constexpr uint64_t smbios_base = 0xf0000, smbios_size = 0x10000;
+
+inline constexpr uint16_t acpi_pm_base = 0x600;  // PM1 events +0, PM1 control +4, PM timer +8, GPE0 +0x20
+inline constexpr uint16_t acpi_pm_size = 0x40;
+inline constexpr uint8_t sci_irq = 9;
+inline constexpr uint16_t serial_ports[4] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
+inline constexpr uint8_t serial_irqs[4] = {4, 3, 4, 3};
+inline constexpr uint16_t fw_cfg_port = 0x510;
+inline constexpr uint16_t debug_console_port = 0xe9;
+inline constexpr unsigned max_cpus = 255;  // 8-bit APIC IDs, 0xff is broadcast
+
+}  // namespace lodge::machine::layout
