@@ -5,8 +5,8 @@
 
 namespace lodge::machine {
 
-// A window of registers on the port or the memory bus. Several vCPU threads may call at once: the device guards
-// itself. Never throws, never blocks for long: this is the vCPU path.
+// A window of registers on the port or the memory bus. Several vCPU threads may call at once: the device
+// guards itself. Never throws, never blocks for long: this is the vCPU path.
 class RegisterWindow {
  public:
   virtual ~RegisterWindow() = default;

@@ -7,12 +7,12 @@ namespace lodge::machine::layout {
 
 inline constexpr uint64_t KiB = 1024, MiB = 1024 * KiB, GiB = 1024 * MiB;
 
-// RAM: [0, min(size, low_ram_limit)) and the rest from 4 GiB on. 640 KiB to 1 MiB is RAM too (no VGA yet), but E820
-// reports it reserved.
+// RAM: [0, min(size, low_ram_limit)) and the rest from 4 GiB on. 640 KiB to 1 MiB is RAM too (no VGA yet),
+// but E820 reports it reserved.
 inline constexpr uint64_t low_ram_limit = 2 * GiB;
 inline constexpr uint64_t high_ram_base = 4 * GiB;
 
-inline constexpr uint64_t ecam_base = 0xb000'0000, ecam_size = 256 * MiB;        // PCI Express configuration, MCFG
+inline constexpr uint64_t ecam_base = 0xb000'0000, ecam_size = 256 * MiB;  // PCI Express configuration, MCFG
 inline constexpr uint64_t pci_mmio_base = 0xc000'0000, pci_mmio_end = 0xfec0'0000;
 inline constexpr uint64_t pci_mmio64_base = 0x80'0000'0000, pci_mmio64_size = 0x80'0000'0000;  // from 512 GiB
 inline constexpr uint64_t ioapic_base = 0xfec0'0000;

@@ -1,0 +1,130 @@
+#include "machine/memory.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <array>
+#include <map>
+
+#include "base/error.hpp"
+#include "machine/layout.hpp"
+
+namespace lodge::machine {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::Pair;
+
+// A Vm that knows memory slots and note_write, and nothing else.
+class SlotVm : public kvm::Vm {
+ public:
+  std::map<uint32_t, kvm_userspace_memory_region> slots;
+  std::vector<std::pair<uint64_t, uint64_t>> notes;
+  uint32_t refused_slot = UINT32_MAX;
+
+  void set_user_memory_region(const kvm_userspace_memory_region& region) override {
+    if (region.slot == refused_slot) throw_errno(EINVAL, "slot");
+    if (region.memory_size == 0)
+      slots.erase(region.slot);
+    else
+      slots[region.slot] = region;
+  }
+  void note_write(uint64_t gpa, uint64_t size) noexcept override { notes.emplace_back(gpa, size); }
+
+  int check_extension(uint32_t) const noexcept override { return 0; }
+  void enable_cap(const kvm_enable_cap&) override {}
+  void get_dirty_log(uint32_t, std::span<uint64_t>) override {}
+  void clear_dirty_log(uint32_t, uint64_t, uint32_t, std::span<const uint64_t>) override {}
+  std::unique_ptr<kvm::Vcpu> create_vcpu(unsigned) override { return nullptr; }
+  void set_tss_addr(uint64_t) override {}
+  void set_identity_map_addr(uint64_t) override {}
+  void create_irqchip() override {}
+  void create_pit2(const kvm_pit_config&) override {}
+  kvm_irqchip irqchip(uint32_t) override { return {}; }
+  void set_irqchip(const kvm_irqchip&) override {}
+  kvm_pit_state2 pit2() override { return {}; }
+  void set_pit2(const kvm_pit_state2&) override {}
+  int irq_line(uint32_t, bool) noexcept override { return 0; }
+  int signal_msi(const kvm_msi&) noexcept override { return 0; }
+  void set_gsi_routing(std::span<const kvm_irq_routing_entry>) override {}
+  void irqfd(const kvm_irqfd&) override {}
+  void ioeventfd(const kvm_ioeventfd&) override {}
+  kvm_clock_data clock() override { return {}; }
+  void set_clock(const kvm_clock_data&) override {}
+};
+
+TEST(GuestMemory, SmallMemoryIsOneRangeFromZero) {
+  GuestMemory memory(16 * layout::MiB);
+  ASSERT_EQ(memory.ranges().size(), 1u);
+  EXPECT_EQ(memory.ranges()[0].gpa, 0u);
+  EXPECT_EQ(memory.ranges()[0].size, 16 * layout::MiB);
+}
+
+TEST(GuestMemory, MemoryBeyondTheHoleStartsAgainAtFourGiB) {
+  GuestMemory memory(layout::low_ram_limit + 8192);
+  ASSERT_EQ(memory.ranges().size(), 2u);
+  EXPECT_EQ(memory.ranges()[1].gpa, layout::high_ram_base);
+  EXPECT_EQ(memory.ranges()[1].size, 8192u);
+  EXPECT_EQ(memory.ranges()[1].offset, layout::low_ram_limit);
+  EXPECT_EQ(memory.view(layout::high_ram_base + 4096, 4096).data(),
+            memory.view(0, 1).data() + layout::low_ram_limit + 4096);
+}
+
+TEST(GuestMemory, AViewThatLeavesRamIsEmpty) {
+  GuestMemory memory(layout::low_ram_limit + 4096);
+  EXPECT_TRUE(memory.view(layout::low_ram_limit - 1, 2).empty());
+  EXPECT_TRUE(memory.view(layout::low_ram_limit, 1).empty());
+  EXPECT_TRUE(memory.view(layout::high_ram_base - 1, 2).empty());
+  EXPECT_TRUE(memory.view(layout::high_ram_base + 4096, 1).empty());
+  EXPECT_TRUE(memory.view(0, ~uint64_t{0}).empty());
+  EXPECT_TRUE(memory.view(~uint64_t{0}, 2).empty());
+  EXPECT_EQ(memory.view(layout::low_ram_limit - 1, 1).size(), 1u);
+}
+
+TEST(GuestMemory, WhatIsWrittenReadsBackAndIsToldToTheAccelerator) {
+  SlotVm vm;
+  GuestMemory memory(layout::MiB);
+  memory.attach(vm, 0);
+  std::array<uint8_t, 3> in{1, 2, 3}, out{};
+  EXPECT_TRUE(memory.write(0x1000, in));
+  EXPECT_TRUE(memory.read(0x1000, out));
+  EXPECT_EQ(in, out);
+  EXPECT_THAT(vm.notes, ElementsAre(Pair(0x1000, 3)));
+}
+
+TEST(GuestMemory, ARefusedWriteCopiesNothing) {
+  GuestMemory memory(layout::MiB);
+  std::array<uint8_t, 2> data{7, 7};
+  EXPECT_FALSE(memory.write(layout::MiB - 1, data));
+  EXPECT_EQ(memory.view(layout::MiB - 1, 1)[0], 0);
+  EXPECT_FALSE(memory.read(layout::MiB - 1, data));
+}
+
+TEST(GuestMemory, AttachRegistersASlotARangeAndDetachRemovesThem) {
+  SlotVm vm;
+  GuestMemory memory(layout::low_ram_limit + 4096);
+  memory.attach(vm, 4);
+  ASSERT_EQ(vm.slots.size(), 2u);
+  EXPECT_EQ(vm.slots[4].memory_size, layout::low_ram_limit);
+  EXPECT_EQ(vm.slots[5].guest_phys_addr, layout::high_ram_base);
+  EXPECT_EQ(vm.slots[5].userspace_addr,
+            reinterpret_cast<uint64_t>(memory.view(layout::high_ram_base, 1).data()));
+  memory.detach();
+  EXPECT_TRUE(vm.slots.empty());
+}
+
+TEST(GuestMemory, AFailedAttachLeavesNoSlotBehind) {
+  SlotVm vm;
+  vm.refused_slot = 1;
+  GuestMemory memory(layout::low_ram_limit + 4096);
+  EXPECT_THROW(memory.attach(vm, 0), std::system_error);
+  EXPECT_TRUE(vm.slots.empty());
+}
+
+TEST(GuestMemory, AnOddSizeIsRefused) {
+  EXPECT_THROW(GuestMemory(4097), UsageError);
+  EXPECT_THROW(GuestMemory(0), UsageError);
+}
+
+}  // namespace
+}  // namespace lodge::machine
