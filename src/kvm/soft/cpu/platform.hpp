@@ -1,0 +1,37 @@
+// What instructions ask of the machine around the processor: its local APIC, its clock, its exits.
+// Implemented by SoftVcpu; unit tests bring their own.
+#pragma once
+
+#include <cstdint>
+
+namespace lodge::kvm::soft {
+
+class Platform {
+ public:
+  virtual ~Platform() = default;
+
+  // IA32_APIC_BASE, IA32_TSC_DEADLINE and the x2APIC range 0x800-0x8ff. False: #GP(0).
+  virtual bool read_apic_msr(uint32_t index, uint64_t& value) noexcept = 0;
+  virtual bool write_apic_msr(uint32_t index, uint64_t value) noexcept = 0;
+  // The task priority as CR8 shows it (0-15). set_tpr() is called by MOV to CR8.
+  virtual uint8_t tpr() noexcept = 0;
+  virtual void set_tpr(uint8_t tpr) noexcept = 0;
+  virtual bool apic_enabled() noexcept = 0;  // CPUID.1:EDX.APIC follows it
+  virtual bool x2apic_enabled() noexcept = 0;
+
+  // The guest's TSC: host TSC scaled, plus offset.
+  virtual uint64_t tsc() noexcept = 0;
+  virtual void set_tsc(uint64_t value) noexcept = 0;  // WRMSR to IA32_TSC
+  virtual uint32_t tsc_khz() noexcept = 0;            // of the guest's TSC
+  // Nanoseconds of the VM's kvmclock (KVM_GET_CLOCK), and wall-clock nanoseconds since 1970.
+  virtual uint64_t kvmclock_ns() noexcept = 0;
+  virtual uint64_t wall_ns() noexcept = 0;
+
+  // KVM_CAP_X86_USER_SPACE_MSR and filters: true when an MSR access that would be #GP goes to the VMM instead
+  // (the exit is filled in and the handler returns Step::fault with wants_exit).
+  virtual bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept = 0;
+  // VMCALL/VMMCALL. The result for RAX (negative KVM_E* error numbers).
+  virtual uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept = 0;
+};
+
+}  // namespace lodge::kvm::soft
