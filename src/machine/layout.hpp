@@ -28,7 +28,23 @@ inline constexpr uint64_t smbios_base = 0xf0000, smbios_size = 0x10000;
 
 inline constexpr uint16_t acpi_pm_base = 0x600;  // PM1 events +0, PM1 control +4, PM timer +8, GPE0 +0x20
 inline constexpr uint16_t acpi_pm_size = 0x40;
-inline constexpr uint8_t sci_irq = 9;
+inline constexpr uint16_t acpi_gpe0_offset = 0x20;  // from acpi_pm_base
+inline constexpr uint8_t acpi_gpe0_size = 16;       // 8 bytes of status, 8 of enable: 64 events
+inline constexpr uint8_t acpi_s5_type = 5;          // SLP_TYP of soft off, for \_S5
+inline constexpr uint16_t smi_command_port = 0xb2;  // FADT SMI_CMD, with the two values that follow
+inline constexpr uint8_t acpi_enable_value = 2, acpi_disable_value = 3;
+inline constexpr uint8_t sci_irq = 9;  // level, active high
+inline constexpr uint16_t reset_port = 0xcf9;
+inline constexpr uint8_t reset_value = 0x06;  // FADT RESET_VALUE
+inline constexpr uint16_t rtc_port = 0x70;
+inline constexpr uint8_t rtc_irq = 8, rtc_century = 0x32;  // FADT CENTURY
+inline constexpr uint64_t hpet_size = 0x400;
+inline constexpr uint32_t hpet_period = 10'000'000;  // femtoseconds
+// The IOAPIC input (GSI) of a PCI interrupt pin (0 for INTA to 3 for INTD) on the root bus; level
+// triggered; _PRT says the same. The host bridge wires it so.
+constexpr unsigned pci_gsi(unsigned slot, unsigned pin) {
+  return 16 + ((slot + pin) & 7);
+}
 inline constexpr uint16_t serial_ports[4] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
 inline constexpr uint8_t serial_irqs[4] = {4, 3, 4, 3};
 inline constexpr uint16_t fw_cfg_port = 0x510;
