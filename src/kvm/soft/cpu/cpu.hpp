@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 
 #include "kvm/soft/cpu/features.hpp"
 #include "kvm/soft/cpu/state.hpp"
@@ -16,8 +17,10 @@
 
 namespace lodge::kvm::soft {
 
-class SoftVm;
+class MemoryMap;
 class Platform;
+class Slot;
+struct Block;
 struct Op;
 
 enum class Exception : uint8_t {
@@ -65,7 +68,7 @@ inline constexpr uint32_t clock = 0x80;  // update the kvmclock page
 
 class Cpu : public CpuState {
  public:
-  Cpu(SoftVm& vm, Platform& platform, unsigned id);
+  Cpu(Platform& platform, unsigned id);
   virtual ~Cpu() = default;
   Cpu(const Cpu&) = delete;
   Cpu& operator=(const Cpu&) = delete;
@@ -118,8 +121,8 @@ class Cpu : public CpuState {
   };
   // Records an exception of the running instruction; always returns false, so that memory functions can
   // return it.
-  bool raise(Exception vector) noexcept;
-  bool raise(Exception vector, uint32_t error) noexcept;
+  bool raise(Exception which) noexcept;
+  bool raise(Exception which, uint32_t error) noexcept;
   bool raise_page_fault(uint64_t linear, uint32_t error) noexcept;
   bool raise_debug(uint64_t dr6_bits) noexcept;
   PendingException pending;
@@ -195,22 +198,91 @@ class Cpu : public CpuState {
   // --- identity
   // ----------------------------------------------------------------------------------------------------
   unsigned id() const noexcept { return id_; }
-  SoftVm& vm() noexcept { return vm_; }
   Platform& platform() noexcept { return platform_; }
   Features features;  // what the guest's CPUID offers (KVM_SET_CPUID2)
 
-  // The TLB set of the present privilege, and all of them: user; supervisor (SMAP enforced when on);
-  // supervisor with AC=1. For the interpreter's fast paths.
-  TlbSet* tlb;
-  std::array<TlbSet, 3> tlb_sets;
+  // The slots that translations use; set by the run loop, never null while instructions run.
+  const MemoryMap* memory = nullptr;
+  // The running block, so that a store into it is noticed; null outside blocks.
+  const Block* block = nullptr;
+  // Counts TLB flushes; what was looked up by linear address under another number is stale.
+  uint32_t flushes = 1;
 
+  // The TLB set of the present privilege, and all of them: user; supervisor with SMAP enforced; supervisor
+  // with AC=1 or without SMAP; and one that is never filled, so that every access takes the slow path
+  // (watchpoints, alignment checks). For the interpreter's fast paths.
+  TlbSet* tlb;
+  std::unique_ptr<std::array<TlbSet, 4>> tlb_sets;
+
+  // --- derived by state_changed()
+  // ----------------------------------------------------------------------------------
   bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks
-  bool slow = false;  // one instruction at a time: TF, guest debugging, code breakpoints
+  bool slow = false;  // one instruction at a time: TF, code breakpoints, guest debugging
+  bool alignment_checks = false;
+  bool code_breakpoints = false, watchpoints = false;
+
+  // --- guest debugging (KVM_SET_GUEST_DEBUG)
+  // -----------------------------------------------------------------------
+  bool debug_step = false;             // exit after every instruction
+  bool debug_registers = false;        // debug_dr in place of the guest's DR0-3 and DR7
+  std::array<uint64_t, 5> debug_dr{};  // DR0-3, DR7
+  uint64_t active_dr7() const noexcept { return debug_registers ? debug_dr[4] : dr7; }
+  uint64_t active_dr(unsigned i) const noexcept { return debug_registers ? debug_dr[i] : dr[i]; }
+
+  // --- one instruction under observation
+  // --------------------------------------------------------------------------- An access that must not
+  // happen in the middle of a block (it would make the running block stale, hits a watchpoint, or replays
+  // what the VMM has answered) asks for the instruction to be run again alone.
+  bool alone = false;       // the instruction runs alone now
+  bool run_alone = false;   // Step::fault means: run it again, alone
+  uint64_t debug_hits = 0;  // DR6 bits of watchpoints that the instruction has met
+
+  // Values of the slow memory paths, kept out of local variables so that handlers can end in tail calls.
+  uint64_t scratch = 0;
+  // As read_bytes and write_bytes for 1, 2, 4 or 8 bytes, through scratch.
+  bool load_slow(uint64_t linear, unsigned size) noexcept;
+  bool store_slow(uint64_t linear, unsigned size, uint64_t value) noexcept;
+  // The host address of [linear, linear + size) for an atomic read-modify-write; null when there is none
+  // (page crossing, MMIO: then `pending`, `wants_exit` and `run_alone` are unset and the caller does it in
+  // two steps) or when the access failed (one of them is set).
+  uint8_t* host_for_write(uint64_t linear, unsigned size) noexcept;
+  uint64_t truncate_rip(uint64_t value) const noexcept {
+    return mode_ == Mode::bits64   ? value
+           : mode_ == Mode::bits32 ? static_cast<uint32_t>(value)
+                                   : static_cast<uint16_t>(value);
+  }
 
  protected:
+  enum class Access : uint8_t { read, write, fetch };
+  // Privilege views: 0 user, 1 supervisor under SMAP, 2 supervisor.
+  unsigned view() const noexcept;
+  unsigned system_view() const noexcept { return (cr4 & cr4::smap) != 0 ? 1 : 2; }
+  struct Translation {
+    uint64_t gpa = 0;
+    bool writable = false;  // and already dirty: a write needs no further walk
+    bool executable = false;
+    bool global = false;
+    bool large = false;
+  };
+  bool translate(uint64_t linear, Access access, unsigned view, Translation& out) noexcept;
+  bool walk_long(uint64_t linear, Access access, unsigned view, Translation& out) noexcept;
+  bool walk_legacy(uint64_t linear, Access access, unsigned view, Translation& out) noexcept;
+  struct Leaf;
+  bool check_leaf(uint64_t linear, Access access, unsigned view, const Leaf& leaf) noexcept;
+  bool page_fault(uint64_t linear, Access access, unsigned view, uint32_t flags) noexcept;
+  bool read_entry(uint64_t gpa, unsigned size, uint64_t& entry) noexcept;
+  // Sets accessed (and dirty) bits; false when the entry has changed meanwhile: walk again.
+  bool update_entry(uint64_t gpa, unsigned size, uint64_t old_entry, uint64_t bits) noexcept;
+  // Host address of `linear` for this access, within its page; fills the TLB. Null: MMIO (gpa set, failed
+  // false) or failed.
+  uint8_t* resolve(uint64_t linear, Access access, unsigned view, uint64_t& gpa, bool& failed) noexcept;
+  bool prepare_write(Slot& slot, uint64_t gpa) noexcept;
+  bool access_bytes(uint64_t linear, void* data, unsigned size, Access access, unsigned view) noexcept;
+  bool access_part(uint64_t linear, void* data, unsigned size, Access access, unsigned view) noexcept;
+  bool probe(uint64_t linear, unsigned size, Access access, unsigned view) noexcept;
+  bool check_explicit(uint64_t linear, unsigned size, bool write) noexcept;
   bool access_system(uint64_t linear, void* data, unsigned size, bool write) noexcept;
 
-  SoftVm& vm_;
   Platform& platform_;
   unsigned id_;
   unsigned cpl_ = 0;

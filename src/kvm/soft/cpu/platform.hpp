@@ -30,6 +30,11 @@ class Platform {
   // KVM_CAP_X86_USER_SPACE_MSR and filters: true when an MSR access that would be #GP goes to the VMM instead
   // (the exit is filled in and the handler returns Step::fault with wants_exit).
   virtual bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept = 0;
+  // An access to guest-physical memory that is not RAM, within a page, 1 to 64 bytes: answered by the
+  // accelerator's own devices or, in pieces of 8 bytes, by the VMM. False: the exit is filled in and the
+  // cpu's wants_exit set; when the VMM has answered, the instruction runs again from its beginning and gets
+  // the answers in the same order.
+  virtual bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept = 0;
   // VMCALL/VMMCALL. The result for RAX (negative KVM_E* error numbers).
   virtual uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept = 0;
 };

@@ -17,7 +17,8 @@ struct TlbEntry {
   uint64_t write =
       0;  // empty for read-only, clean-and-logged, and code pages: their writes take the slow path
   uint64_t fetch = 0;
-  uint64_t host = 0;  // host address = linear + host
+  uint64_t host = 0;    // host address = linear + host
+  uint64_t linear = 0;  // of the page, when any tag is set
 };
 
 struct TlbSet {
@@ -36,13 +37,16 @@ struct TlbSet {
   TlbEntry& at(uint64_t linear) noexcept { return entry[index(linear)]; }
   void clear(unsigned i) noexcept {
     entry[i].read = entry[i].write = entry[i].fetch = empty(i);
-    valid[i / 64] &= ~(uint64_t{1} << i % 64);
-    global[i / 64] &= ~(uint64_t{1} << i % 64);
+    const uint64_t keep = ~(uint64_t{1} << i % 64);
+    valid[i / 64] &= keep;
+    global[i / 64] &= keep;
+    large[i / 64] &= keep;
   }
-  void mark(unsigned i, bool is_global) noexcept {
+  void mark(unsigned i, bool is_global, bool is_large) noexcept {
     const uint64_t bit = uint64_t{1} << i % 64;
     valid[i / 64] |= bit;
     global[i / 64] = is_global ? global[i / 64] | bit : global[i / 64] & ~bit;
+    large[i / 64] = is_large ? large[i / 64] | bit : large[i / 64] & ~bit;
   }
   void flush(bool keep_global) noexcept {
     for (unsigned word = 0; word < entries / 64; ++word) {
@@ -53,7 +57,8 @@ struct TlbSet {
 
   std::array<TlbEntry, entries> entry;
   std::array<uint64_t, entries / 64> valid{};
-  std::array<uint64_t, entries / 64> global{};
+  std::array<uint64_t, entries / 64> global{};  // kept by a flush that keeps global pages
+  std::array<uint64_t, entries / 64> large{};   // part of a 2 MiB, 4 MiB or 1 GiB page
 };
 
 }  // namespace lodge::kvm::soft

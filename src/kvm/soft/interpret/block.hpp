@@ -1,0 +1,51 @@
+// A run of decoded instructions of one page (the last may reach into the next), and the vCPU's cache of them.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "kvm/soft/interpret/op.hpp"
+
+namespace lodge::kvm::soft {
+
+struct Block {
+  uint64_t gpa = 0;  // of the first byte
+  uint32_t key = 0;  // of the modes that decoding depends on (BlockCache::key)
+  uint32_t bytes = 0;
+  // The code words (Slot::code) of the page or pages that it was decoded from, and their values then.
+  std::atomic<uint32_t>* word[2] = {nullptr, nullptr};
+  uint32_t word_value[2] = {0, 0};
+  uint64_t host_page[2] = {0, 0};  // host addresses of these pages; second 0: none
+  uint64_t second_gpa = 0;         // where the next linear page was mapped
+  std::vector<Op> ops;             // the last one ends the block
+
+  bool fresh() const noexcept {
+    return word[0]->load(std::memory_order_acquire) == word_value[0] &&
+           (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
+  }
+};
+
+// Decoded blocks of one vCPU, by guest-physical address and mode. Only its thread touches it.
+class BlockCache {
+ public:
+  // The budget for decoded instructions; reaching it empties the cache. 64 MiB of ops.
+  static constexpr size_t max_ops = (size_t{64} << 20) / sizeof(Op);
+
+  Block* find(uint64_t gpa, uint32_t key) noexcept {
+    const auto it = blocks_.find(gpa << 8 ^ key);
+    return it == blocks_.end() ? nullptr : it->second.get();
+  }
+  Block* insert(std::unique_ptr<Block> block);
+  void clear() noexcept;
+  size_t ops() const noexcept { return ops_; }
+  size_t size() const noexcept { return blocks_.size(); }
+
+ private:
+  std::unordered_map<uint64_t, std::unique_ptr<Block>> blocks_;
+  size_t ops_ = 0;
+};
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,55 @@
+// The VM's memory slots as one immutable snapshot. Changing a slot makes a new snapshot; SoftVm hands it to
+// every vCPU and waits until the old one is out of use.
+#pragma once
+
+#include <linux/kvm.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kvm/soft/mmu/tlb.hpp"
+
+namespace lodge::kvm::soft {
+
+// One memory slot with what the accelerator keeps about each of its pages.
+class Slot {
+ public:
+  explicit Slot(const kvm_userspace_memory_region& region);
+
+  const uint32_t id;
+  const uint64_t gpa, size;
+  uint8_t* const host;
+  const bool read_only;
+  const bool log_dirty;
+
+  uint64_t page(uint64_t address) const noexcept { return (address - gpa) >> page_shift; }
+
+  // Dirty log, one bit a page.
+  bool is_dirty(uint64_t page) const noexcept {
+    return dirty[page / 64].load(std::memory_order_relaxed) >> page % 64 & 1;
+  }
+  void mark_dirty(uint64_t page) noexcept {
+    dirty[page / 64].fetch_or(uint64_t{1} << page % 64, std::memory_order_relaxed);
+  }
+  std::unique_ptr<std::atomic<uint64_t>[]> dirty;  // null without log_dirty
+
+  // Decoded code, one word a page: bit 0 says that some vCPU holds decoded instructions of the page, the rest
+  // counts the times that they became stale. A block is valid while the word is what it was when the block
+  // was decoded.
+  static constexpr uint32_t has_code = 1;
+  std::unique_ptr<std::atomic<uint32_t>[]> code;
+  // Makes all decoded instructions of the page stale.
+  void invalidate(uint64_t page) noexcept;
+};
+
+class MemoryMap {
+ public:
+  std::vector<std::shared_ptr<Slot>> slots;  // by gpa
+
+  // The slot that holds `gpa`, or null.
+  Slot* find(uint64_t gpa) const noexcept;
+};
+
+}  // namespace lodge::kvm::soft
