@@ -1,0 +1,41 @@
+// The machine's ACPI tables.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "machine/acpi/aml.hpp"
+#include "machine/memory.hpp"
+
+namespace lodge::machine::acpi {
+
+// What the tables describe; everything else is fixed by machine/layout.hpp.
+struct Config {
+  unsigned cpus = 1;          // APIC IDs 0 to cpus - 1, 1 to layout::max_cpus
+  unsigned serial_ports = 4;  // COM1 on, at most 4
+  bool keyboard = false;      // an i8042 with PS/2 keyboard (and mouse): without, systems do not look for one
+  bool mouse = false;
+  bool hpet = true;
+  bool rtc = true;
+  bool fw_cfg = false;  // announces QEMU0002
+};
+
+// A finished table at the address where it belongs.
+struct Table {
+  uint64_t gpa;
+  std::vector<uint8_t> bytes;
+};
+
+// All tables, the RSDP first, inside [layout::acpi_base, + acpi_size) and without overlaps.
+// Throws UsageError when the configuration leaves its ranges.
+std::vector<Table> build(const Config& config);
+
+// Writes build() into guest memory and returns the guest-physical address of the RSDP. Throws UsageError when
+// the guest has less than 1 MiB. Again after a machine reset: the guest may have overwritten the tables.
+uint64_t install(const Config& config, GuestMemory& memory);
+
+// The AML of the DSDT, without table header (dsdt.cpp).
+aml::Code dsdt_code(const Config& config);
+
+}  // namespace lodge::machine::acpi
