@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "kvm/host/host.hpp"
+#include "kvm/host/probe.hpp"
 
 namespace lodge::contract {
 namespace {
@@ -66,6 +67,21 @@ void Contract::needs(Mode mode) {
   if (!Guest::is_out(exit, done_port))
     throw Unable("this /dev/kvm does not run even a lone OUT in the mode of this test: " +
                  trial->describe(exit));
+}
+
+void Contract::deviates(const std::string& what) {
+  static const kvm::host::Probe measured = kvm::host::probe();
+  if (!soft() && measured.kernel_mips < kvm::host::needed_mips)
+    throw Unable(fmt::format("this /dev/kvm emulates kernel code ({:.1f} MIPS) and deviates: {}",
+                             measured.kernel_mips, what));
+  throw std::runtime_error(what);
+}
+
+void Contract::needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, unsigned bit,
+                           const char* name) {
+  for (const auto& leaf : system_->supported_cpuid())
+    if (leaf.function == function && leaf.index == 0 && (leaf.*reg >> bit & 1) != 0) return;
+  throw Unable(std::string("this accelerator's CPUID offers no ") + name);
 }
 
 Guest::Guest(kvm::System& system, const std::string& accelerator, const GuestConfig& config)

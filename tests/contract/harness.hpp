@@ -167,6 +167,11 @@ class Contract : public ::testing::TestWithParam<Accelerator> {
   // Measures that the accelerator runs a lone OUT in `mode`; throws Unable when /dev/kvm does not (some
   // vendor modules have no paging but that of 64-bit mode and end the guest at its first instruction).
   void needs(Mode mode);
+  // For a result that contradicts the manuals: fails the test, or throws Unable with `what` on a /dev/kvm
+  // that the probe has measured to emulate kernel code, whose emulator then is what deviates.
+  void deviates(const std::string& what);
+  // Throws Unable where the accelerator's CPUID does not offer the feature.
+  void needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, unsigned bit, const char* name);
 
  protected:
   void SetUp() override;
