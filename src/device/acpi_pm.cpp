@@ -72,8 +72,7 @@ void AcpiPm::sync() noexcept {
   }
   if ((state_.pm1_enable & TMR_STS) && !(state_.pm1_status & TMR_STS)) {
     uint64_t remaining = half_period - now % half_period;
-    timer_->arm(clock_.now() + remaining * second / timer_hz +
-                1);  // at most 2^31 ticks: below 2^61
+    timer_->arm(clock_.now() + remaining * second / timer_hz + 1);  // at most 2^31 ticks: below 2^61
   } else {
     timer_->cancel();
   }
