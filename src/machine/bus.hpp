@@ -9,6 +9,7 @@
 #include <mutex>
 #include <shared_mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "machine/io.hpp"
@@ -61,6 +62,26 @@ class Bus {
   std::vector<std::unique_ptr<Entry>> entries_;  // by base
   std::mutex removal_mutex_;
   std::condition_variable left_;  // the last access has left an entry that is being removed
+};
+
+// One registration with one owner: removed when this object goes. The window must outlive it.
+class Registration {
+ public:
+  Registration(Bus& bus, uint64_t base, uint64_t size, RegisterWindow& window, std::string owner)
+      : bus_(&bus), base_(base) {
+    bus.add(base, size, window, std::move(owner));
+  }
+  Registration(Registration&& other) noexcept
+      : bus_(std::exchange(other.bus_, nullptr)), base_(other.base_) {}
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+  ~Registration() {
+    if (bus_) bus_->remove(base_);
+  }
+
+ private:
+  Bus* bus_;
+  uint64_t base_;
 };
 
 }  // namespace lodge::machine

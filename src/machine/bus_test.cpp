@@ -131,6 +131,17 @@ TEST(Bus, AWindowMayMoveAnotherDuringAnAccess) {
   EXPECT_THAT(bus.describe(), ElementsAre("0x200-0x200 moved", "0xcfc-0xcff pci"));
 }
 
+TEST(Bus, ARegistrationEndsWithItsObject) {
+  Bus bus("port", 0x10000);
+  Recorder window(0x42);
+  {
+    Registration first(bus, 0x10, 1, window, "first");
+    Registration moved(std::move(first));
+    EXPECT_EQ(bus.read(0x10, 1), 0x42u);
+  }
+  EXPECT_TRUE(bus.describe().empty());
+}
+
 class Gate : public RegisterWindow {
  public:
   uint64_t read(uint64_t, unsigned) noexcept override {

@@ -103,4 +103,9 @@ void GuestMemory::note_write(uint64_t gpa, uint64_t size) noexcept {
   if (vm_) vm_->note_write(gpa, size);
 }
 
+void GuestMemory::unmap_page(uint64_t gpa) noexcept {
+  auto page = view(gpa & ~uint64_t{4095}, 4096);
+  if (!page.empty()) madvise(page.data(), page.size(), MADV_DONTNEED);
+}
+
 }  // namespace lodge::machine

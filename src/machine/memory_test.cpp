@@ -121,6 +121,14 @@ TEST(GuestMemory, AFailedAttachLeavesNoSlotBehind) {
   EXPECT_TRUE(vm.slots.empty());
 }
 
+TEST(GuestMemory, AnUnmappedPageKeepsItsContents) {
+  GuestMemory memory(layout::MiB);
+  memory.view(0x3000, 1)[0] = 0x42;
+  memory.unmap_page(0x3abc);
+  memory.unmap_page(layout::MiB);
+  EXPECT_EQ(memory.view(0x3000, 1)[0], 0x42);
+}
+
 TEST(GuestMemory, AnOddSizeIsRefused) {
   EXPECT_THROW(GuestMemory(4097), UsageError);
   EXPECT_THROW(GuestMemory(0), UsageError);
