@@ -1,0 +1,36 @@
+#include "device/shared_line.hpp"
+
+#include <gtest/gtest.h>
+
+#include "device/testing.hpp"
+
+namespace lodge::device {
+namespace {
+
+TEST(SharedLine, IsHighWhileAnySourceIs) {
+  testing::FakeInterrupt out;
+  SharedLine line(out);
+  auto& a = line.add_input();
+  auto& b = line.add_input();
+  a.set(true);
+  EXPECT_TRUE(out.level);
+  b.set(true);
+  a.set(false);
+  EXPECT_TRUE(out.level);
+  b.set(false);
+  EXPECT_FALSE(out.level);
+  EXPECT_EQ(out.rises, 1u);
+}
+
+TEST(SharedLine, ARepeatedLevelCountsOnce) {
+  testing::FakeInterrupt out;
+  SharedLine line(out);
+  auto& a = line.add_input();
+  a.set(true);
+  a.set(true);
+  a.set(false);
+  EXPECT_FALSE(out.level);
+}
+
+}  // namespace
+}  // namespace lodge::device

@@ -1,0 +1,153 @@
+#include "device/table.hpp"
+
+#include <fmt/format.h>
+
+#include <array>
+#include <charconv>
+
+#include "base/error.hpp"
+#include "device/debug_ports.hpp"
+#include "device/testdev.hpp"
+
+namespace lodge::device {
+
+namespace {
+
+// --- Rows
+// ----------------------------------------------------------------------------------------------------
+
+class MountedDebugConsole final : public MountedDevice {
+ public:
+  MountedDebugConsole(const DeviceContext& context, const DeviceOptions& options)
+      : backend_(context.open_backend(options.text("output"), "--device debugcon,output=")),
+        console_(*backend_),
+        port_(context.ports, options.number("port", 0, 0xffff), 1, console_, "debugcon") {}
+
+ private:
+  std::shared_ptr<CharBackend> backend_;
+  DebugConsole console_;
+  machine::Registration port_;
+};
+
+class MountedDebugExit final : public MountedDevice {
+ public:
+  MountedDebugExit(const DeviceContext& context, const DeviceOptions& options)
+      : exit_(context.power),
+        ports_(context.ports, options.number("port", 0, 0xffff), options.number("size", 1, 8), exit_,
+               "isa-debug-exit") {}
+
+ private:
+  DebugExit exit_;
+  machine::Registration ports_;
+};
+
+class MountedTestdev final : public MountedDevice {
+ public:
+  explicit MountedTestdev(const DeviceContext& context)
+      : testdev_(context.ram, context.line),
+        echo_(context.ports, Testdev::echo_port, Testdev::echo_size, testdev_.echo_window(),
+              "pc-testdev echo"),
+        flush_(context.ports, Testdev::flush_port, Testdev::flush_size, testdev_.flush_window(),
+               "pc-testdev flush"),
+        byte_(context.ports, Testdev::byte_port, Testdev::byte_size, testdev_.echo_window(),
+              "pc-testdev byte"),
+        irq_(context.ports, Testdev::irq_port, Testdev::irq_size, testdev_.irq_window(), "pc-testdev irq"),
+        memory_(context.memory, Testdev::memory_base, Testdev::memory_size, testdev_.memory_window(),
+                "pc-testdev memory") {}
+  Savable* savable() noexcept override { return &testdev_; }
+
+ private:
+  Testdev testdev_;
+  machine::Registration echo_, flush_, byte_, irq_, memory_;
+};
+
+constexpr std::array debugcon_options{
+    OptionSchema{"port", "iobase", "0xe9", "the port to write to"},
+    OptionSchema{"output", "", "stdio", "where it prints: stdio, file:PATH or null"},
+};
+constexpr std::array debug_exit_options{
+    OptionSchema{"port", "iobase", "0x501", "the first port"},
+    OptionSchema{"size", "iosize", "2", "how many ports, 1 to 8"},
+};
+
+constexpr std::array rows{
+    DeviceDescriptor{
+        "debugcon", "prints the bytes that the guest writes to a port", debugcon_options,
+        [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
+          return std::make_unique<MountedDebugConsole>(context, options);
+        }},
+    DeviceDescriptor{
+        "isa-debug-exit", "ends the VM with exit status (value << 1) | 1 when the guest writes a port",
+        debug_exit_options,
+        [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
+          return std::make_unique<MountedDebugExit>(context, options);
+        }},
+    DeviceDescriptor{
+        "pc-testdev",
+        "echo ports, interrupt lines and an MMIO window for bare-metal tests",
+        {},
+        [](const DeviceContext& context, const DeviceOptions&) -> std::unique_ptr<MountedDevice> {
+          return std::make_unique<MountedTestdev>(context);
+        }},
+};
+
+template <class Rows>
+std::string names_of(const Rows& named) {
+  std::string names;
+  for (const auto& row : named) names += fmt::format("{}{}", names.empty() ? "" : ", ", row.name);
+  return names;
+}
+
+}  // namespace
+
+// --- Look-up
+// -------------------------------------------------------------------------------------------------
+
+std::span<const DeviceDescriptor> device_table() noexcept {
+  return rows;
+}
+
+const std::string& DeviceOptions::text(std::string_view name) const {
+  return values_.at(std::string(name));
+}
+
+uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t maximum) const {
+  std::string_view value = text(name);
+  int base = value.starts_with("0x") || value.starts_with("0X") ? 16 : 10;
+  std::string_view digits = base == 16 ? value.substr(2) : value;
+  uint64_t number = 0;
+  auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number, base);
+  if (error != std::errc{} || end != digits.data() + digits.size() || number < minimum || number > maximum)
+    usage_error("--device {},{}={}: give a number from {:#x} to {:#x}", device_, name, value, minimum,
+                maximum);
+  return number;
+}
+
+std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
+    const std::string& name, const std::map<std::string, std::string>& options) {
+  const DeviceDescriptor* row = nullptr;
+  for (const auto& candidate : rows)
+    if (candidate.name == name) row = &candidate;
+  if (!row) usage_error("--device {}: no such device; there are {}", name, names_of(rows));
+
+  std::map<std::string, std::string> values;
+  for (const auto& schema : row->options) values[std::string(schema.name)] = schema.fallback;
+  for (const auto& [key, value] : options) {
+    const OptionSchema* schema = nullptr;
+    for (const auto& candidate : row->options)
+      if (key == candidate.name || (!candidate.alias.empty() && key == candidate.alias)) schema = &candidate;
+    if (!schema && row->options.empty())
+      usage_error("--device {}: option '{}': it takes no options", name, key);
+    if (!schema) usage_error("--device {}: no option '{}'; there are {}", name, key, names_of(row->options));
+    values[std::string(schema->name)] = value;
+  }
+  return {row, DeviceOptions(name, std::move(values))};
+}
+
+std::unique_ptr<MountedDevice> create_device(const DeviceContext& context, const std::string& name,
+                                             const std::map<std::string, std::string>& options) {
+  auto [row, checked] = check_device(name, options);
+  return row->create(context, checked);
+}
+
+}  // namespace lodge::device

@@ -1,0 +1,85 @@
+// The devices that a user may add with --device NAME,OPTION=VALUE,... Each is described once, in a row of the
+// table: the command line, its help and completions, and the configuration file derive from it.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "base/clock.hpp"
+#include "base/state.hpp"
+#include "device/character.hpp"
+#include "machine/bus.hpp"
+#include "machine/io.hpp"
+#include "machine/memory.hpp"
+
+namespace lodge::device {
+
+// What a factory may use of the machine. All of it outlives every device.
+struct DeviceContext {
+  machine::Bus& ports;
+  machine::Bus& memory;
+  machine::GuestMemory& ram;
+  Clock& clock;
+  machine::Power& power;
+  // A new source on the interrupt input `gsi` (0 to 23); alive as long as the machine.
+  std::function<machine::Interrupt&(unsigned gsi)> line;
+  // Opens what --serial calls a back end ("stdio", "file:PATH", "null", ...). Throws UsageError naming
+  // `option`.
+  std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option)>
+      open_backend;
+};
+
+// A device that is part of the machine; destroying it takes it out.
+class MountedDevice {
+ public:
+  virtual ~MountedDevice() = default;
+  virtual Savable* savable() noexcept { return nullptr; }  // null: it has no state
+};
+
+struct OptionSchema {
+  std::string_view name;
+  std::string_view alias;     // another accepted spelling, or empty
+  std::string_view fallback;  // the value when not given; empty: none
+  std::string_view help;
+};
+
+// The options of one --device: complete, known and with their defaults filled in.
+class DeviceOptions {
+ public:
+  DeviceOptions(std::string_view device, std::map<std::string, std::string> values)
+      : device_(device), values_(std::move(values)) {}
+
+  const std::string& text(std::string_view name) const;
+  // Decimal or 0x hexadecimal. Throws UsageError naming device, option, value and the range.
+  uint64_t number(std::string_view name, uint64_t minimum, uint64_t maximum) const;
+
+ private:
+  std::string device_;
+  std::map<std::string, std::string> values_;
+};
+
+struct DeviceDescriptor {
+  std::string_view name;
+  std::string_view help;  // one line
+  std::span<const OptionSchema> options;
+  std::unique_ptr<MountedDevice> (*create)(const DeviceContext& context, const DeviceOptions& options);
+};
+
+// All rows, by name.
+std::span<const DeviceDescriptor> device_table() noexcept;
+
+// Checks one --device against its row and fills in the defaults. Throws UsageError naming the unknown device
+// or option and listing the valid ones. Needs no machine: a command line is checked before anything is
+// created.
+std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
+    const std::string& name, const std::map<std::string, std::string>& options);
+
+// Creates the device and puts it into the machine. Throws UsageError (also when its addresses are taken).
+std::unique_ptr<MountedDevice> create_device(const DeviceContext& context, const std::string& name,
+                                             const std::map<std::string, std::string>& options);
+
+}  // namespace lodge::device

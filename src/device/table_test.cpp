@@ -1,0 +1,109 @@
+#include "device/table.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <deque>
+
+#include "base/error.hpp"
+#include "device/testing.hpp"
+#include "machine/layout.hpp"
+
+namespace lodge::device {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+
+class TableTest : public ::testing::Test {
+ protected:
+  std::string error_of(const std::string& name, const std::map<std::string, std::string>& options) {
+    try {
+      create_device(context, name, options);
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+    return "no error";
+  }
+
+  machine::Bus ports{"port", 0x10000};
+  machine::Bus memory{"memory", uint64_t{1} << 52};
+  machine::GuestMemory ram{machine::layout::MiB};
+  FakeClock clock;
+  testing::FakePower power;
+  std::deque<testing::FakeInterrupt> lines{24};
+  std::shared_ptr<testing::FakeBackend> backend = std::make_shared<testing::FakeBackend>();
+  DeviceContext context{ports,
+                        memory,
+                        ram,
+                        clock,
+                        power,
+                        [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); },
+                        [this](const std::string&, const std::string&) { return backend; }};
+};
+
+TEST_F(TableTest, DebugExitSitsWhereItIsToldAndLeavesWithItsObject) {
+  {
+    auto device = create_device(context, "isa-debug-exit", {{"port", "0xf4"}});
+    ports.write(0xf4, 1, 3);
+    EXPECT_EQ(power.exit_status, 7);
+  }
+  EXPECT_TRUE(ports.describe().empty());
+}
+
+TEST_F(TableTest, TheSpellingsOfQemuAreAccepted) {
+  auto device = create_device(context, "isa-debug-exit", {{"iobase", "244"}, {"iosize", "0x4"}});
+  EXPECT_EQ(ports.describe().at(0), "0xf4-0xf7 isa-debug-exit");
+}
+
+TEST_F(TableTest, DebugConsolePrints) {
+  auto device = create_device(context, "debugcon", {});
+  ports.write(0xe9, 1, 'x');
+  EXPECT_EQ(backend->output, "x");
+}
+
+TEST_F(TableTest, TestdevAnswersOnItsPortsAndInMemory) {
+  auto device = create_device(context, "pc-testdev", {});
+  ports.write(0xe0, 4, 0x12345678);
+  EXPECT_EQ(ports.read(0xe8, 1), 0x78u);
+  memory.write(0xff00'0010, 8, 42);
+  EXPECT_EQ(memory.read(0xff00'0010, 8), 42u);
+  ports.write(0x2003, 1, 1);
+  EXPECT_TRUE(lines[3].level);
+  ASSERT_NE(device->savable(), nullptr);
+}
+
+TEST_F(TableTest, AnUnknownDeviceListsTheKnownOnes) {
+  EXPECT_THAT(error_of("floppy", {}),
+              AllOf(HasSubstr("floppy"), HasSubstr("isa-debug-exit"), HasSubstr("pc-testdev")));
+}
+
+TEST_F(TableTest, AnUnknownOptionListsTheKnownOnes) {
+  EXPECT_THAT(error_of("isa-debug-exit", {{"prot", "1"}}),
+              AllOf(HasSubstr("isa-debug-exit"), HasSubstr("prot"), HasSubstr("port, size")));
+  EXPECT_THAT(error_of("pc-testdev", {{"a", "1"}}), AllOf(HasSubstr("'a'"), HasSubstr("no options")));
+}
+
+TEST_F(TableTest, ABadNumberNamesOptionValueAndRange) {
+  for (const char* bad : {"", "x", "0x", "0x10000", "-1", "12z"})
+    EXPECT_THAT(error_of("isa-debug-exit", {{"port", bad}}), AllOf(HasSubstr("port="), HasSubstr("0xffff")))
+        << bad;
+}
+
+TEST_F(TableTest, TwoDevicesOnOnePortAreRefusedByName) {
+  auto device = create_device(context, "debugcon", {});
+  EXPECT_THAT(error_of("isa-debug-exit", {{"port", "0xe8"}}),
+              AllOf(HasSubstr("isa-debug-exit"), HasSubstr("debugcon")));
+}
+
+TEST(DeviceTable, EveryRowIsDescribedAndItsDefaultsAreValidOnTheirOwn) {
+  for (const auto& row : device_table()) {
+    EXPECT_FALSE(row.help.empty()) << row.name;
+    for (const auto& option : row.options)
+      EXPECT_FALSE(option.help.empty()) << row.name << "," << option.name;
+    EXPECT_EQ(check_device(std::string(row.name), {}).first, &row);
+  }
+}
+
+}  // namespace
+}  // namespace lodge::device
