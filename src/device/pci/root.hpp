@@ -1,0 +1,90 @@
+// The PCI root: finds the function that a configuration access names, and wires interrupt pins to the IOAPIC.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string_view>
+
+#include "base/state.hpp"
+#include "device/pci/function.hpp"
+#include "device/shared_line.hpp"
+#include "machine/bus.hpp"
+#include "machine/io.hpp"
+
+namespace lodge::device::pci {
+
+struct RootState {
+  static constexpr std::string_view name = "pci-root";
+  static constexpr unsigned version = 1;
+  uint32_t config_address = 0;
+  template <class V>
+  void visit(V& v) {
+    v("config_address", config_address);
+  }
+};
+
+class Root final : public Savable {
+ public:
+  static constexpr uint64_t ports_base = 0xcf8, ports_size = 8;  // CONFIG_ADDRESS and CONFIG_DATA
+  static constexpr unsigned slots = 32, functions = 8;
+
+  // BARs appear on `ports` and `memory`. `line` gives the interrupt inputs 16 to 23 (layout::pci_gsi). Byte
+  // accesses to 0xCF9 go to `reset_control`. All outlive the root.
+  Root(machine::Bus& ports, machine::Bus& memory,
+       const std::function<machine::Interrupt&(unsigned gsi)>& line, machine::RegisterWindow& reset_control);
+
+  machine::RegisterWindow& port_window() noexcept { return port_window_; }
+  // layout::ecam_size bytes at layout::ecam_base.
+  machine::RegisterWindow& ecam_window() noexcept { return ecam_window_; }
+
+  // Plugs a function in, before any vCPU runs; it must outlive the root. Throws UsageError when the place is
+  // taken.
+  void add(unsigned slot, unsigned function, Function& device);
+  // The first slot from 1 on without a function. Throws UsageError when the bus is full.
+  unsigned free_slot() const;
+
+  // Resets CONFIG_ADDRESS and every function.
+  void reset() noexcept;
+
+  void save(nlohmann::json& json) const override;
+  void load(const nlohmann::json& json) override;
+
+ private:
+  class PortWindow final : public machine::RegisterWindow {
+   public:
+    explicit PortWindow(Root& root) : root_(root) {}
+    uint64_t read(uint64_t offset, unsigned size) noexcept override;
+    void write(uint64_t offset, unsigned size, uint64_t value) noexcept override;
+
+   private:
+    Root& root_;
+  };
+  class EcamWindow final : public machine::RegisterWindow {
+   public:
+    explicit EcamWindow(Root& root) : root_(root) {}
+    uint64_t read(uint64_t offset, unsigned size) noexcept override;
+    void write(uint64_t offset, unsigned size, uint64_t value) noexcept override;
+
+   private:
+    Root& root_;
+  };
+
+  // `address`: bus << 16 | slot << 11 | function << 8.
+  Function* find(uint32_t address) const noexcept;
+  uint32_t selected() const noexcept;
+
+  machine::Bus& ports_;
+  machine::Bus& memory_;
+  machine::RegisterWindow& reset_control_;
+  std::array<Function*, slots * functions> table_{};
+  std::array<std::unique_ptr<SharedLine>, 8> lines_;  // GSI 16 to 23
+  mutable std::mutex mutex_;
+  RootState state_;
+  PortWindow port_window_{*this};
+  EcamWindow ecam_window_{*this};
+};
+
+}  // namespace lodge::device::pci
