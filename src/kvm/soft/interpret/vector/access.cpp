@@ -15,11 +15,14 @@ uint16_t word_of(const Cpu& cpu, unsigned offset) {
   return value;
 }
 
-bool not_task_switched(Cpu& cpu) { return (cpu.cr0 & cr0::ts) == 0 || cpu.raise(Exception::nm); }
+bool not_task_switched(Cpu& cpu) {
+  return (cpu.cr0 & cr0::ts) == 0 || cpu.raise(Exception::nm);
+}
 
 // VEX and EVEX: protected mode, and the components in XCR0.
 bool extended(Cpu& cpu, uint64_t components) {
-  if (!cpu.protected_mode() || cpu.v86() || (cpu.cr4 & cr4::osxsave) == 0 || (cpu.xcr0 & components) != components)
+  if (!cpu.protected_mode() || cpu.v86() || (cpu.cr4 & cr4::osxsave) == 0 ||
+      (cpu.xcr0 & components) != components)
     return cpu.raise(Exception::ud);
   return not_task_switched(cpu);
 }
@@ -67,13 +70,16 @@ template <class Act>
 bool for_runs(Cpu& cpu, const Op& op, const Form& form, bool write, Act act) {
   uint64_t bits = active_elements(cpu, form);
   const uint64_t start = cpu.effective_address(op);
-  const uint64_t address_mask = op.address_size == 8 ? ~uint64_t{0} : op.address_size == 4 ? 0xffff'ffffu : 0xffffu;
+  const uint64_t address_mask = op.address_size == 8   ? ~uint64_t{0}
+                                : op.address_size == 4 ? 0xffff'ffffu
+                                                       : 0xffffu;
   while (bits != 0) {
     const auto first = static_cast<unsigned>(std::countr_zero(bits));
     const auto count = static_cast<unsigned>(std::countr_one(bits >> first));
     const unsigned offset = first * form.element_size, size = count * form.element_size;
     uint64_t linear = 0;
-    if (!cpu.linear(static_cast<SegmentName>(op.segment), (start + offset) & address_mask, size, write, linear))
+    if (!cpu.linear(static_cast<SegmentName>(op.segment), (start + offset) & address_mask, size, write,
+                    linear))
       return false;
     if (!check_ac(cpu, linear, form.element_size)) return false;
     if (!act(linear, offset, size)) return false;
@@ -92,7 +98,8 @@ bool partly_masked(const Cpu& cpu, const Form& form) {
 bool check_masked_alignment(Cpu& cpu, const Op& op, const Form& form, bool write) {
   if (form.alignment == 0 || active_elements(cpu, form) == 0) return true;
   uint64_t linear = 0;
-  if (!cpu.linear(static_cast<SegmentName>(op.segment), cpu.effective_address(op), 1, write, linear)) return false;
+  if (!cpu.linear(static_cast<SegmentName>(op.segment), cpu.effective_address(op), 1, write, linear))
+    return false;
   return (linear & (form.alignment - 1u)) == 0 || cpu.raise(Exception::gp, 0);
 }
 
@@ -109,8 +116,7 @@ bool x87_ready(Cpu& cpu) noexcept {
 
 bool available(Cpu& cpu, Need need) noexcept {
   switch (need) {
-    case Need::nothing:
-      return true;
+    case Need::nothing: return true;
     case Need::x87:
       if ((cpu.cr0 & (cr0::em | cr0::ts)) != 0) return cpu.raise(Exception::nm);
       return x87_ready(cpu);
@@ -121,10 +127,8 @@ bool available(Cpu& cpu, Need need) noexcept {
     case Need::sse_mmx:
       if ((cpu.cr0 & cr0::em) != 0 || (cpu.cr4 & cr4::osfxsr) == 0) return cpu.raise(Exception::ud);
       return not_task_switched(cpu) && (need == Need::sse || x87_ready(cpu));
-    case Need::avx:
-      return extended(cpu, component::avx_bits);
-    case Need::avx512:
-      return extended(cpu, component::avx512_bits);
+    case Need::avx: return extended(cpu, component::avx_bits);
+    case Need::avx512: return extended(cpu, component::avx512_bits);
   }
   return cpu.raise(Exception::ud);
 }
@@ -135,7 +139,8 @@ bool check_ac(Cpu& cpu, uint64_t linear, unsigned size) noexcept {
   return (linear & (natural - 1)) == 0 || cpu.raise(Exception::ac, 0);
 }
 
-bool locate(Cpu& cpu, const Op& op, unsigned size, bool write, unsigned alignment, uint64_t& linear) noexcept {
+bool locate(Cpu& cpu, const Op& op, unsigned size, bool write, unsigned alignment,
+            uint64_t& linear) noexcept {
   if (!cpu.linear(op, size, write, linear)) return false;
   if (alignment != 0 && (linear & (alignment - 1)) != 0) return cpu.raise(Exception::gp, 0);
   return check_ac(cpu, linear, size);
@@ -157,9 +162,8 @@ bool load(Cpu& cpu, const Op& op, const Form& form, Bounce& bounce) noexcept {
 bool prepare_store(Cpu& cpu, const Op& op, const Form& form) noexcept {
   if (partly_masked(cpu, form)) {
     if (!check_masked_alignment(cpu, op, form, true)) return false;
-    return for_runs(cpu, op, form, true, [&](uint64_t linear, unsigned, unsigned size) {
-      return cpu.probe_write(linear, size);
-    });
+    return for_runs(cpu, op, form, true,
+                    [&](uint64_t linear, unsigned, unsigned size) { return cpu.probe_write(linear, size); });
   }
   uint64_t linear = 0;
   return locate(cpu, op, form.memory_size, true, required_alignment(cpu, form), linear) &&

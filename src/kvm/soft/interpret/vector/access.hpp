@@ -6,8 +6,8 @@
 
 namespace lodge::kvm::soft::simd {
 
-// False, with #UD, #NM or #MF raised, when the instruction cannot run now (SDM volume 3, sections 2.5 and 23.25;
-// volume 2, section 2.4).
+// False, with #UD, #NM or #MF raised, when the instruction cannot run now (SDM volume 3, sections 2.5
+// and 23.25; volume 2, section 2.4).
 bool available(Cpu& cpu, Need need) noexcept;
 
 // True when an unmasked x87 exception waits (FSW.ES). With CR0.NE clear a PC would raise IRQ 13 through FERR#

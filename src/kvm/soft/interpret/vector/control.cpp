@@ -10,7 +10,9 @@
 namespace lodge::kvm::soft::simd {
 namespace {
 
-Need by_encoding(const Op& op) { return op.src != 0 ? Need::avx : Need::sse; }
+Need by_encoding(const Op& op) {
+  return op.src != 0 ? Need::avx : Need::sse;
+}
 
 }  // namespace
 
@@ -62,10 +64,10 @@ Step byte_masked_store(Cpu& cpu, const Op& op, const uint8_t* data, const uint8_
       const auto first = static_cast<unsigned>(std::countr_zero(rest));
       const auto count = static_cast<unsigned>(std::countr_one(rest >> first));
       uint64_t linear = 0;
-      const uint64_t offset = (cpu.effective_address(op) + first) &
-                              (op.address_size == 8   ? ~uint64_t{0}
-                               : op.address_size == 4 ? uint64_t{0xffff'ffff}
-                                                      : uint64_t{0xffff});
+      const uint64_t offset =
+          (cpu.effective_address(op) + first) & (op.address_size == 8   ? ~uint64_t{0}
+                                                 : op.address_size == 4 ? uint64_t{0xffff'ffff}
+                                                                        : uint64_t{0xffff});
       if (!cpu.linear(static_cast<SegmentName>(op.segment), offset, count, true, linear)) return Step::fault;
       if (!(write ? cpu.write_bytes(linear, data + first, count) : cpu.probe_write(linear, count)))
         return Step::fault;

@@ -1,6 +1,6 @@
 // From a decoded instruction to a handler: what must be done by hand by mnemonic, all else as a stub whose
-// form follows from the operands that Zydis describes. Only instruction sets listed in host.cpp pass, and only
-// those that the guest's CPUID offers.
+// form follows from the operands that Zydis describes. Only instruction sets listed in host.cpp pass, and
+// only those that the guest's CPUID offers.
 #include <algorithm>
 #include <bit>
 #include <exception>
@@ -16,7 +16,9 @@
 namespace lodge::kvm::soft {
 #if !__has_include("kvm/soft/interpret/gate.hpp")
 // Until the gate by CPUID lands: what the host runs, the guest may run.
-static bool allowed_by_cpuid(const Features&, const ZydisDecodedInstruction&) noexcept { return true; }
+static bool allowed_by_cpuid(const Features&, const ZydisDecodedInstruction&) noexcept {
+  return true;
+}
 #endif
 namespace {
 
@@ -34,22 +36,23 @@ bool has_register(const DecodeContext& c, ZydisRegisterClass wanted) {
   });
 }
 
-uint8_t number(ZydisRegister reg) { return static_cast<uint8_t>(ZydisRegisterGetId(reg)); }
+uint8_t number(ZydisRegister reg) {
+  return static_cast<uint8_t>(ZydisRegisterGetId(reg));
+}
 
 bool mine(const ZydisDecodedInstruction& insn) {
   switch (insn.meta.isa_set) {
     case ZYDIS_ISA_SET_PPRO:  // FCOMI and relatives, among integer instructions
       return insn.meta.isa_ext == ZYDIS_ISA_EXT_X87;
-    case ZYDIS_ISA_SET_SSE42:
-      return insn.mnemonic != ZYDIS_MNEMONIC_CRC32;
+    case ZYDIS_ISA_SET_SSE42: return insn.mnemonic != ZYDIS_MNEMONIC_CRC32;
     case ZYDIS_ISA_SET_XSAVE:
       return insn.mnemonic != ZYDIS_MNEMONIC_XGETBV && insn.mnemonic != ZYDIS_MNEMONIC_XSETBV;
-    default:
-      return host().runs[insn.meta.isa_set];
+    default: return host().runs[insn.meta.isa_set];
   }
 }
 
-// ---- By hand -----------------------------------------------------------------------------------------------
+// ---- By hand
+// -----------------------------------------------------------------------------------------------
 
 struct ByHand {
   ZydisMnemonic mnemonic;
@@ -135,11 +138,8 @@ bool decode_by_hand(const DecodeContext& c, Op& op) {
       return true;
     case ZYDIS_MNEMONIC_MASKMOVDQU:
     case ZYDIS_MNEMONIC_VMASKMOVDQU:
-    case ZYDIS_MNEMONIC_MASKMOVQ:
-      decode_maskmov(c, op);
-      return true;
-    default:
-      break;
+    case ZYDIS_MNEMONIC_MASKMOVQ: decode_maskmov(c, op); return true;
+    default: break;
   }
   for (const ByHand& entry : by_hand) {
     if (entry.mnemonic != insn.mnemonic) continue;
@@ -152,7 +152,8 @@ bool decode_by_hand(const DecodeContext& c, Op& op) {
   return false;
 }
 
-// ---- Gathers and scatters ----------------------------------------------------------------------------------
+// ---- Gathers and scatters
+// ----------------------------------------------------------------------------------
 
 bool decode_gather(const DecodeContext& c, Op& op) {
   const ZydisDecodedOperand* const memory = memory_operand(c);
@@ -179,7 +180,8 @@ bool decode_gather(const DecodeContext& c, Op& op) {
   return true;
 }
 
-// ---- Stubs -------------------------------------------------------------------------------------------------
+// ---- Stubs
+// -------------------------------------------------------------------------------------------------
 
 bool unaligned_sse(ZydisMnemonic mnemonic) {
   switch (mnemonic) {
@@ -190,10 +192,8 @@ bool unaligned_sse(ZydisMnemonic mnemonic) {
     case ZYDIS_MNEMONIC_PCMPESTRI:
     case ZYDIS_MNEMONIC_PCMPESTRM:
     case ZYDIS_MNEMONIC_PCMPISTRI:
-    case ZYDIS_MNEMONIC_PCMPISTRM:
-      return true;
-    default:
-      return false;
+    case ZYDIS_MNEMONIC_PCMPISTRM: return true;
+    default: return false;
   }
 }
 
@@ -214,10 +214,8 @@ bool aligned_move(ZydisMnemonic mnemonic) {
     case ZYDIS_MNEMONIC_VMOVNTPS:
     case ZYDIS_MNEMONIC_VMOVNTPD:
     case ZYDIS_MNEMONIC_VMOVNTDQ:
-    case ZYDIS_MNEMONIC_VMOVNTDQA:
-      return true;
-    default:
-      return false;
+    case ZYDIS_MNEMONIC_VMOVNTDQA: return true;
+    default: return false;
   }
 }
 
@@ -226,15 +224,15 @@ bool is_float(ZydisElementType type) {
          type == ZYDIS_ELEMENT_TYPE_FLOAT64;
 }
 
-// Whether MXCSR may matter: anything on floating-point elements but moves. Too often costs a little time only.
+// Whether MXCSR may matter: anything on floating-point elements but moves. Too often costs a little time
+// only.
 bool uses_mxcsr(const DecodeContext& c) {
   switch (c.insn.meta.category) {
     case ZYDIS_CATEGORY_DATAXFER:
     case ZYDIS_CATEGORY_LOGICAL_FP:
     case ZYDIS_CATEGORY_BROADCAST:
     case ZYDIS_CATEGORY_X87_ALU:
-    case ZYDIS_CATEGORY_FCMOV:
-      return false;
+    case ZYDIS_CATEGORY_FCMOV: return false;
     default:
       return std::any_of(c.operands, c.operands + c.insn.operand_count,
                          [](const ZydisDecodedOperand& operand) { return is_float(operand.element_type); });
@@ -245,12 +243,10 @@ Need need_of(const DecodeContext& c) {
   const ZydisDecodedInstruction& insn = c.insn;
   if (insn.mnemonic == ZYDIS_MNEMONIC_MOVNTI) return Need::nothing;
   switch (insn.encoding) {
-    case ZYDIS_INSTRUCTION_ENCODING_EVEX:
-      return Need::avx512;
+    case ZYDIS_INSTRUCTION_ENCODING_EVEX: return Need::avx512;
     case ZYDIS_INSTRUCTION_ENCODING_VEX:
       return has_register(c, ZYDIS_REGCLASS_MASK) ? Need::avx512 : Need::avx;
-    default:
-      break;
+    default: break;
   }
   if (insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || insn.meta.isa_set == ZYDIS_ISA_SET_SSE3X87) return Need::x87;
   const bool mmx = has_register(c, ZYDIS_REGCLASS_MMX);
@@ -269,35 +265,26 @@ bool suppresses_faults(ZydisExceptionClass klass) {
     case ZYDIS_EXCEPTION_CLASS_E6NF:
     case ZYDIS_EXCEPTION_CLASS_E9NF:
     case ZYDIS_EXCEPTION_CLASS_E10NF:
-    case ZYDIS_EXCEPTION_CLASS_E11NF:
-      return false;
-    default:
-      return true;
+    case ZYDIS_EXCEPTION_CLASS_E11NF: return false;
+    default: return true;
   }
 }
 
 unsigned broadcast_elements(ZydisBroadcastMode mode) {
   switch (mode) {
-    case ZYDIS_BROADCAST_MODE_1_TO_2:
-      return 2;
+    case ZYDIS_BROADCAST_MODE_1_TO_2: return 2;
     case ZYDIS_BROADCAST_MODE_1_TO_4:
-    case ZYDIS_BROADCAST_MODE_2_TO_4:
-      return 4;
+    case ZYDIS_BROADCAST_MODE_2_TO_4: return 4;
     case ZYDIS_BROADCAST_MODE_1_TO_8:
     case ZYDIS_BROADCAST_MODE_2_TO_8:
-    case ZYDIS_BROADCAST_MODE_4_TO_8:
-      return 8;
+    case ZYDIS_BROADCAST_MODE_4_TO_8: return 8;
     case ZYDIS_BROADCAST_MODE_1_TO_16:
     case ZYDIS_BROADCAST_MODE_2_TO_16:
     case ZYDIS_BROADCAST_MODE_4_TO_16:
-    case ZYDIS_BROADCAST_MODE_8_TO_16:
-      return 16;
-    case ZYDIS_BROADCAST_MODE_1_TO_32:
-      return 32;
-    case ZYDIS_BROADCAST_MODE_1_TO_64:
-      return 64;
-    default:
-      return 0;
+    case ZYDIS_BROADCAST_MODE_8_TO_16: return 16;
+    case ZYDIS_BROADCAST_MODE_1_TO_32: return 32;
+    case ZYDIS_BROADCAST_MODE_1_TO_64: return 64;
+    default: return 0;
   }
 }
 
@@ -308,10 +295,8 @@ bool is_dot_product(const ZydisDecodedInstruction& insn) {
     case ZYDIS_MNEMONIC_VPDPBUSDS:
     case ZYDIS_MNEMONIC_VPDPWSSD:
     case ZYDIS_MNEMONIC_VPDPWSSDS:
-    case ZYDIS_MNEMONIC_VDPBF16PS:
-      return true;
-    default:
-      return false;
+    case ZYDIS_MNEMONIC_VDPBF16PS: return true;
+    default: return false;
   }
 }
 
@@ -331,8 +316,7 @@ void set_masking(const DecodeContext& c, const ZydisDecodedOperand& memory, Form
       form.masking = Masking::vector;
       form.mask = number(c.operands[1].reg.value);
       return;
-    default:
-      break;
+    default: break;
   }
   if (insn.encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || insn.avx.mask.reg == ZYDIS_REGISTER_NONE ||
       insn.avx.mask.reg == ZYDIS_REGISTER_K0 || !suppresses_faults(insn.meta.exception_class))
@@ -362,7 +346,8 @@ bool set_memory(const DecodeContext& c, Form& form) {
   form.elements = static_cast<uint8_t>(bytes / form.element_size);
   if (aligned_move(c.insn.mnemonic)) {
     form.alignment = form.memory_size;
-  } else if (c.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && bytes == 16 && !unaligned_sse(c.insn.mnemonic)) {
+  } else if (c.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && bytes == 16 &&
+             !unaligned_sse(c.insn.mnemonic)) {
     form.alignment = 16;
     form.relaxed_by_mm = true;
   }
@@ -387,10 +372,10 @@ bool decode_stub(const DecodeContext& c, Op& op) {
   const Form* const made = stub_cache().get(*native, x87 ? StubKind::x87 : StubKind::vector, form);
   if (made == nullptr) return false;
   op.aux = made;
-  op.complex = x87                                         ? run_x87
-               : has_register(c, ZYDIS_REGCLASS_MMX)       ? run_mmx
-               : form.uses_mxcsr                           ? run_vector_fp
-                                                           : run_vector;
+  op.complex = x87                                   ? run_x87
+               : has_register(c, ZYDIS_REGCLASS_MMX) ? run_mmx
+               : form.uses_mxcsr                     ? run_vector_fp
+                                                     : run_vector;
   return true;
 }
 

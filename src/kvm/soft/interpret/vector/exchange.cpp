@@ -32,8 +32,12 @@ bool x87_initial(const VectorState& v) {
 
 }  // namespace
 
-uint64_t supported_xcr0() noexcept { return host().components; }
-uint32_t mxcsr_mask() noexcept { return host().mxcsr_mask; }
+uint64_t supported_xcr0() noexcept {
+  return host().components;
+}
+uint32_t mxcsr_mask() noexcept {
+  return host().mxcsr_mask;
+}
 
 uint64_t xinuse(const VectorState& v) noexcept {
   uint64_t used = x87_initial(v) ? 0 : 1;

@@ -16,9 +16,12 @@ uint64_t supported_xcr0() noexcept;
 // MXCSR bits that may be set.
 uint32_t mxcsr_mask() noexcept;
 
-// Components of `state` that are not in their initial configuration (XGETBV with ECX = 1 shows these and XCR0).
+// Components of `state` that are not in their initial configuration (XGETBV with ECX = 1 shows these and
+// XCR0).
 uint64_t xinuse(const VectorState& state) noexcept;
-inline uint64_t xinuse(const Cpu& cpu) noexcept { return xinuse(cpu.vector); }
+inline uint64_t xinuse(const Cpu& cpu) noexcept {
+  return xinuse(cpu.vector);
+}
 
 // Size of an XSAVE area with these components: CPUID leaf 0xD, EBX of subleaf 0 (standard format) or 1
 // (compacted).
@@ -37,7 +40,8 @@ void get_fpu(const VectorState& state, kvm_fpu& out) noexcept;
 // False, with nothing changed, when MXCSR has reserved bits.
 bool set_fpu(VectorState& state, const kvm_fpu& in) noexcept;
 
-// KVM_GET_XSAVE, KVM_GET_XSAVE2: standard format, components beyond the area are left out. At least 576 bytes.
+// KVM_GET_XSAVE, KVM_GET_XSAVE2: standard format, components beyond the area are left out. At least 576
+// bytes.
 void get_xsave(const VectorState& state, std::span<uint8_t> area) noexcept;
 // KVM_SET_XSAVE. False, with nothing changed, for reserved MXCSR bits, components outside `allowed` (the
 // guest's possible XCR0) or a compacted image. Components absent from XSTATE_BV get their initial state.

@@ -10,7 +10,7 @@ namespace lodge::kvm::soft::simd {
 
 // What stands in for guest memory while a stub runs.
 struct alignas(64) Bounce {
-  std::array<uint8_t, 64> memory;  // the memory operand
+  std::array<uint8_t, 64> memory;           // the memory operand
   alignas(64) std::array<uint8_t, 512> fx;  // the FXSAVE64 image of x87 stubs
   uint32_t mxcsr_in = 0, mxcsr_out = 0;     // of stubs with Form::uses_mxcsr
 };
@@ -35,12 +35,12 @@ struct Form {
   Need need = Need::nothing;
   Direction direction = Direction::none;
   Masking masking = Masking::none;
-  uint8_t memory_size = 0;   // bytes, at most 64
-  uint8_t element_size = 0;  // bytes, of the memory operand
-  uint8_t elements = 0;      // of the memory operand
-  uint8_t mask = 0;          // register number
-  uint8_t mask_elements = 0;  // how many mask bits count
-  uint8_t alignment = 0;      // #GP when not aligned so; 0: any address
+  uint8_t memory_size = 0;     // bytes, at most 64
+  uint8_t element_size = 0;    // bytes, of the memory operand
+  uint8_t elements = 0;        // of the memory operand
+  uint8_t mask = 0;            // register number
+  uint8_t mask_elements = 0;   // how many mask bits count
+  uint8_t alignment = 0;       // #GP when not aligned so; 0: any address
   bool relaxed_by_mm = false;  // no alignment check when MXCSR.MM is set (AMD's misaligned SSE mode)
   bool uses_mxcsr = false;
 };

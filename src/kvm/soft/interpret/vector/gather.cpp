@@ -49,7 +49,9 @@ class Elements {
 
   // All mask bits above the elements go, too.
   void finish(bool gather) {
-    const auto clear_above = [](auto& reg, unsigned from) { std::fill(reg.begin() + from, reg.end(), uint8_t{0}); };
+    const auto clear_above = [](auto& reg, unsigned from) {
+      std::fill(reg.begin() + from, reg.end(), uint8_t{0});
+    };
     if (g_.evex != 0) {
       cpu_.vector.k[g_.mask] = 0;
     } else {

@@ -25,7 +25,9 @@ uint64_t host_xcr0() {
   return uint64_t{high} << 32 | low;
 }
 
-bool bit(uint32_t word, unsigned n) { return (word >> n & 1) != 0; }
+bool bit(uint32_t word, unsigned n) {
+  return (word >> n & 1) != 0;
+}
 
 }  // namespace
 
@@ -98,13 +100,13 @@ Host::Host() {
         {ZYDIS_ISA_SET_AVX512_VNNI_128, ZYDIS_ISA_SET_AVX512_VNNI_256, ZYDIS_ISA_SET_AVX512_VNNI_512});
   allow(avx512 && bit(seven.ecx, 12),
         {ZYDIS_ISA_SET_AVX512_BITALG_128, ZYDIS_ISA_SET_AVX512_BITALG_256, ZYDIS_ISA_SET_AVX512_BITALG_512});
-  allow(avx512 && bit(seven.ecx, 14),
-        {ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_128, ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_256,
-         ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_512});
+  allow(avx512 && bit(seven.ecx, 14), {ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_128, ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_256,
+                                       ZYDIS_ISA_SET_AVX512_VPOPCNTDQ_512});
   allow(avx512 && bit(seven1.eax, 5),
         {ZYDIS_ISA_SET_AVX512_BF16_128, ZYDIS_ISA_SET_AVX512_BF16_256, ZYDIS_ISA_SET_AVX512_BF16_512});
-  allow(avx512 && bit(seven.edx, 8), {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, ZYDIS_ISA_SET_AVX512_VP2INTERSECT_256,
-                                      ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512});
+  allow(avx512 && bit(seven.edx, 8),
+        {ZYDIS_ISA_SET_AVX512_VP2INTERSECT_128, ZYDIS_ISA_SET_AVX512_VP2INTERSECT_256,
+         ZYDIS_ISA_SET_AVX512_VP2INTERSECT_512});
 
   components = xcr0 & (avx512 ? 0x2e7 : avx ? 0x207 : 3);
   offset[component::sse] = 160;

@@ -1,5 +1,6 @@
 // What the machine below can execute and how it lays out XSAVE areas: vector instructions run natively, so a
-// guest gets at most this, and the same layout (SDM volume 1, chapter 13; CPUID leaves 1, 7, 0xD, 0x80000001).
+// guest gets at most this, and the same layout (SDM volume 1, chapter 13; CPUID leaves 1, 7, 0xD,
+// 0x80000001).
 #pragma once
 
 #include <Zydis/Zydis.h>
@@ -23,7 +24,7 @@ struct Host {
   bool avx = false;     // VEX instructions and YMM registers
   bool avx512 = false;  // F, BW, DQ and VL together: what the stubs use to load and store registers
   uint32_t mxcsr_mask = 0xffff;
-  std::bitset<ZYDIS_ISA_SET_MAX_VALUE + 1> runs;  // instruction sets this processor executes
+  std::bitset<ZYDIS_ISA_SET_MAX_VALUE + 1> runs;            // instruction sets this processor executes
   std::array<uint32_t, component::count> offset{}, size{};  // of components in the standard format
   std::array<bool, component::count> aligned{};             // to 64 bytes in the compacted format
   uint64_t components = 3;                                  // that exist and that this program can handle

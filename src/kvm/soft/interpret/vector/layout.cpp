@@ -34,9 +34,7 @@ void save_component(const VectorState& v, unsigned which, unsigned registers, ui
     case component::avx:
       for (unsigned i = 0; i < registers; ++i) std::memcpy(out + 16 * i, &v.zmm[i][16], 16);
       break;
-    case component::opmask:
-      std::memcpy(out, v.k.data(), 64);
-      break;
+    case component::opmask: std::memcpy(out, v.k.data(), 64); break;
     case component::zmm_hi256:
       for (unsigned i = 0; i < registers; ++i) std::memcpy(out + 32 * i, &v.zmm[i][32], 32);
       break;
@@ -47,8 +45,7 @@ void save_component(const VectorState& v, unsigned which, unsigned registers, ui
       std::memcpy(out, &v.pkru, 4);
       std::memset(out + 4, 0, 4);
       break;
-    default:
-      break;
+    default: break;
   }
 }
 
@@ -57,20 +54,15 @@ void load_component(VectorState& v, unsigned which, unsigned registers, const ui
     case component::avx:
       for (unsigned i = 0; i < registers; ++i) std::memcpy(&v.zmm[i][16], in + 16 * i, 16);
       break;
-    case component::opmask:
-      std::memcpy(v.k.data(), in, 64);
-      break;
+    case component::opmask: std::memcpy(v.k.data(), in, 64); break;
     case component::zmm_hi256:
       for (unsigned i = 0; i < registers; ++i) std::memcpy(&v.zmm[i][32], in + 32 * i, 32);
       break;
     case component::hi16_zmm:
       if (registers == 16) std::memcpy(v.zmm[16].data(), in, 1024);
       break;
-    case component::pkru:
-      std::memcpy(&v.pkru, in, 4);
-      break;
-    default:
-      break;
+    case component::pkru: std::memcpy(&v.pkru, in, 4); break;
+    default: break;
   }
 }
 

@@ -2,7 +2,8 @@
 // flags clear; the flags it leaves are then judged against the guest's masks. When one is unmasked the
 // registers are rolled back, so no host signal is ever needed. Two traits of unmasked exceptions are rebuilt:
 // unmasked invalid, denormal and divide-by-zero suppress the flags of the later stage (SDM volume 1, section
-// 11.5.3), and underflow with UM clear means "tiny", exact or not, which a second run with flush-to-zero shows.
+// 11.5.3), and underflow with UM clear means "tiny", exact or not, which a second run with flush-to-zero
+// shows.
 #include "kvm/soft/interpret/vector/run.hpp"
 
 #include <atomic>
@@ -16,7 +17,9 @@ namespace {
 constexpr uint32_t mxcsr_flags = 0x3f, mxcsr_masks = 0x1f80, mxcsr_ftz = 0x8000, before_computing = 7,
                    underflow = 0x10;
 
-const Form& form_of(const Op& op) { return *static_cast<const Form*>(op.aux); }
+const Form& form_of(const Op& op) {
+  return *static_cast<const Form*>(op.aux);
+}
 
 // What a stub can change, to roll back.
 struct Registers {

@@ -28,7 +28,8 @@ uint8_t number(ZydisRegister reg) {
   return static_cast<uint8_t>(ZydisRegisterGetId(reg));
 }
 
-// ---- Rewriting ---------------------------------------------------------------------------------------------
+// ---- Rewriting
+// ---------------------------------------------------------------------------------------------
 
 // The fields of an encoding, gathered from operands.
 struct Fields {
@@ -77,10 +78,8 @@ bool gather_fields(const DecodeContext& context, Fields& fields, Native& native)
             static_cast<uint8_t>((fields.immediate[0] & 0xf) | static_cast<uint8_t>(number(reg) << 4));
         break;
       case ZYDIS_OPERAND_ENCODING_MASK:
-      case ZYDIS_OPERAND_ENCODING_NONE:
-        break;
-      default:
-        return false;
+      case ZYDIS_OPERAND_ENCODING_NONE: break;
+      default: return false;
     }
   }
   return true;
@@ -104,7 +103,8 @@ void put_vex(const ZydisDecodedInstruction& insn, const Fields& f, std::vector<u
   out.push_back(0xc4);
   out.push_back(static_cast<uint8_t>((~f.reg >> 3 & 1) << 7 | 0x40 | (~f.rm >> 3 & 1) << 5 |
                                      static_cast<unsigned>(insn.opcode_map)));
-  out.push_back(static_cast<uint8_t>((f.wide ? 0x80 : 0) | (~f.vvvv & 0xf) << 3 | (vex.L & 1) << 2 | (vex.pp & 3)));
+  out.push_back(
+      static_cast<uint8_t>((f.wide ? 0x80 : 0) | (~f.vvvv & 0xf) << 3 | (vex.L & 1) << 2 | (vex.pp & 3)));
 }
 
 void put_evex(const ZydisDecodedInstruction& insn, const Fields& f, std::vector<uint8_t>& out) {
@@ -114,8 +114,8 @@ void put_evex(const ZydisDecodedInstruction& insn, const Fields& f, std::vector<
   out.push_back(static_cast<uint8_t>((~f.reg >> 3 & 1) << 7 | x << 6 | (~f.rm >> 3 & 1) << 5 |
                                      (~f.reg >> 4 & 1) << 4 | (evex.mmm & 7)));
   out.push_back(static_cast<uint8_t>((f.wide ? 0x80 : 0) | (~f.vvvv & 0xf) << 3 | 4 | (evex.pp & 3)));
-  out.push_back(static_cast<uint8_t>((evex.z & 1) << 7 | (evex.L2 & 1) << 6 | (evex.L & 1) << 5 | (evex.b & 1) << 4 |
-                                     (~f.vvvv >> 4 & 1) << 3 | (evex.aaa & 7)));
+  out.push_back(static_cast<uint8_t>((evex.z & 1) << 7 | (evex.L2 & 1) << 6 | (evex.L & 1) << 5 |
+                                     (evex.b & 1) << 4 | (~f.vvvv >> 4 & 1) << 3 | (evex.aaa & 7)));
 }
 
 std::vector<uint8_t> assemble(const ZydisDecodedInstruction& insn, const Fields& f) {
@@ -125,14 +125,9 @@ std::vector<uint8_t> assemble(const ZydisDecodedInstruction& insn, const Fields&
       if (insn.opcode_map > ZYDIS_OPCODE_MAP_0F3A) return {};
       put_legacy(insn, f, out);
       break;
-    case ZYDIS_INSTRUCTION_ENCODING_VEX:
-      put_vex(insn, f, out);
-      break;
-    case ZYDIS_INSTRUCTION_ENCODING_EVEX:
-      put_evex(insn, f, out);
-      break;
-    default:
-      return {};
+    case ZYDIS_INSTRUCTION_ENCODING_VEX: put_vex(insn, f, out); break;
+    case ZYDIS_INSTRUCTION_ENCODING_EVEX: put_evex(insn, f, out); break;
+    default: return {};
   }
   out.push_back(insn.opcode);
   if ((insn.attributes & ZYDIS_ATTRIB_HAS_MODRM) != 0)
@@ -176,12 +171,9 @@ bool verify(const DecodeContext& context, Native& native) {
 
 bool wide_bit(const ZydisDecodedInstruction& insn) {
   switch (insn.encoding) {
-    case ZYDIS_INSTRUCTION_ENCODING_VEX:
-      return insn.raw.vex.W != 0;
-    case ZYDIS_INSTRUCTION_ENCODING_EVEX:
-      return insn.raw.evex.W != 0;
-    default:
-      return (insn.attributes & ZYDIS_ATTRIB_HAS_REX) != 0 && insn.raw.rex.W != 0;
+    case ZYDIS_INSTRUCTION_ENCODING_VEX: return insn.raw.vex.W != 0;
+    case ZYDIS_INSTRUCTION_ENCODING_EVEX: return insn.raw.evex.W != 0;
+    default: return (insn.attributes & ZYDIS_ATTRIB_HAS_REX) != 0 && insn.raw.rex.W != 0;
   }
 }
 
@@ -201,13 +193,15 @@ std::optional<Native> rewrite(const DecodeContext& context) {
   return std::nullopt;
 }
 
-// ---- Emission ----------------------------------------------------------------------------------------------
+// ---- Emission
+// ----------------------------------------------------------------------------------------------
 
 namespace {
 
 namespace x = Xbyak;
 
-// Offsets from the CpuState that a stub gets in RDI. `vector` comes last, so all but it fit a disp8 or disp32.
+// Offsets from the CpuState that a stub gets in RDI. `vector` comes last, so all but it fit a disp8 or
+// disp32.
 constexpr size_t zmm_offset = offsetof(CpuState, vector) + offsetof(VectorState, zmm);
 constexpr size_t k_offset = offsetof(CpuState, vector) + offsetof(VectorState, k);
 constexpr size_t fx_offset = offsetof(CpuState, vector) + offsetof(VectorState, fx);
@@ -218,16 +212,14 @@ class Emitter : public x::CodeGenerator {
  public:
   explicit Emitter(const Native& native) : x::CodeGenerator(2048), native_(native) {
     const ZydisInstructionEncoding encoding = native.insn.encoding;
-    level_ = encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? sse
-             : host().avx512                               ? avx512
-                                                           : avx;
+    level_ = encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY ? sse : host().avx512 ? avx512 : avx;
     for (unsigned i = 0; i < native.insn.operand_count; ++i) note(native.operands[i]);
   }
 
   void vector_stub(bool uses_mxcsr) {
     if (uses_mxcsr) ldmxcsr(ptr[rsi + offsetof(Bounce, mxcsr_in)]);
     load();
-    for (const uint8_t byte : native_.bytes) db(byte);
+    for (const uint8_t code : native_.bytes) db(code);
     store();
     if (uses_mxcsr) {
       stmxcsr(ptr[rsi + offsetof(Bounce, mxcsr_out)]);
@@ -240,7 +232,8 @@ class Emitter : public x::CodeGenerator {
     ret();
   }
 
-  // The image's MXCSR is the host's own, and all XMM registers are the callee's to change: nothing else to save.
+  // The image's MXCSR is the host's own, and all XMM registers are the callee's to change: nothing else to
+  // save.
   void x87_stub() {
     if (flags_read_) {
       mov(ax, word[rdi + arith_offset]);
@@ -251,7 +244,7 @@ class Emitter : public x::CodeGenerator {
     fxrstor64(ptr[rsi + offsetof(Bounce, fx)]);
     // The memory operand is at [RSI], where Bounce::memory lies.
     static_assert(offsetof(Bounce, memory) == 0);
-    for (const uint8_t byte : native_.bytes) db(byte);
+    for (const uint8_t code : native_.bytes) db(code);
     if (flags_written_) {
       lahf();
       seto(al);
@@ -296,9 +289,9 @@ class Emitter : public x::CodeGenerator {
       flags_read_ = flags_read_ || reads;
     } else if (is_gpr(reg)) {
       const bool hidden = operand.encoding == ZYDIS_OPERAND_ENCODING_NONE;
-      const uint8_t guest = hidden                                                   ? number(reg)
+      const uint8_t guest = hidden                                                 ? number(reg)
                             : operand.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG ? native_.gpr_reg
-                                                                                     : native_.gpr_rm;
+                                                                                   : native_.gpr_rm;
       gprs_.push_back({number(reg), guest, writes});
     }
   }

@@ -34,8 +34,8 @@ enum class StubKind : uint8_t { vector, x87 };
 // Position-independent code of type Stub; empty when it cannot be made.
 std::vector<uint8_t> emit(const Native& native, StubKind kind, bool uses_mxcsr);
 
-// Finds or makes forms. Guests cannot exhaust memory with it: when the arena is full, the caller gets nothing.
-// Thread-safe. Forms live as long as the cache.
+// Finds or makes forms. Guests cannot exhaust memory with it: when the arena is full, the caller gets
+// nothing. Thread-safe. Forms live as long as the cache.
 class StubCache {
  public:
   // `form` is complete but for the stub.

@@ -1,7 +1,7 @@
 // x87. Modelled: everything; arithmetic runs natively on an image of the guest's registers (FXRSTOR, the
 // instruction, FXSAVE), control instructions are done by hand. The last-instruction pointers are the guest's:
-// in 64-bit code FIP and FDP are 64-bit offsets; elsewhere their upper halves hold the selectors, which is how
-// FXSAVE's two layouts overlay. Missing: FERR#/IRQ 13 (see x87_pending). SDM volume 1, chapter 8.
+// in 64-bit code FIP and FDP are 64-bit offsets; elsewhere their upper halves hold the selectors, which is
+// how FXSAVE's two layouts overlay. Missing: FERR#/IRQ 13 (see x87_pending). SDM volume 1, chapter 8.
 #include "kvm/soft/interpret/vector/x87.hpp"
 
 #include <algorithm>
@@ -14,7 +14,9 @@ namespace {
 
 constexpr uint16_t exceptions = 0x3f, stack_fault = 0x40, summary = 0x80, busy = 0x8000, top_mask = 0x3800;
 
-unsigned top(const VectorState& v) { return get<uint16_t>(v, image::fsw) >> 11 & 7; }
+unsigned top(const VectorState& v) {
+  return get<uint16_t>(v, image::fsw) >> 11 & 7;
+}
 
 void update_summary(VectorState& v) {
   uint16_t fsw = get<uint16_t>(v, image::fsw);
@@ -101,10 +103,13 @@ Step run_x87(Cpu& cpu, const Op& op) noexcept {
   VectorState& v = cpu.vector;
   Bounce bounce;
   if (form.direction == Direction::read && !load(cpu, op, form, bounce)) return Step::fault;
-  // The stub must not meet a pending exception (it would be the host's #MF): with CR0.NE clear there may be one.
+  // The stub must not meet a pending exception (it would be the host's #MF): with CR0.NE clear there may be
+  // one.
   const uint16_t sticky = x87_pending(cpu) ? get<uint16_t>(v, image::fsw) & exceptions : 0;
   std::memcpy(bounce.fx.data(), v.fx.data(), image::x87_size);
-  const auto edit = [&](unsigned offset, auto value) { std::memcpy(&bounce.fx[offset], &value, sizeof(value)); };
+  const auto edit = [&](unsigned offset, auto value) {
+    std::memcpy(&bounce.fx[offset], &value, sizeof(value));
+  };
   edit(image::mxcsr, uint32_t{0x1f80});
   if (sticky != 0)
     edit(image::fsw, static_cast<uint16_t>(get<uint16_t>(v, image::fsw) & ~(sticky | summary | busy)));
@@ -158,7 +163,9 @@ Step run_fwait(Cpu& cpu, const Op&) noexcept {
   return x87_ready(cpu) ? Step::next : Step::fault;
 }
 
-Step run_x87_nop(Cpu& cpu, const Op&) noexcept { return control_available(cpu) ? Step::next : Step::fault; }
+Step run_x87_nop(Cpu& cpu, const Op&) noexcept {
+  return control_available(cpu) ? Step::next : Step::fault;
+}
 
 Step run_fnstsw_ax(Cpu& cpu, const Op&) noexcept {
   if (!control_available(cpu)) return Step::fault;
@@ -178,7 +185,9 @@ Step store_word(Cpu& cpu, const Op& op, unsigned offset) {
 
 // ---- Environment: 14 or 28 bytes, in the real or the protected format ------------------------------------
 
-bool real_format(const Cpu& cpu) { return !cpu.protected_mode() || cpu.v86(); }
+bool real_format(const Cpu& cpu) {
+  return !cpu.protected_mode() || cpu.v86();
+}
 
 struct Environment {
   std::array<uint8_t, 28> bytes{};
@@ -199,14 +208,17 @@ struct Environment {
 };
 
 // Real-mode formats hold linear addresses of 20 (32) bits.
-uint64_t flat(uint64_t pointer) { return (pointer & 0xffff'ffff) + ((pointer >> 32 & 0xffff) << 4); }
+uint64_t flat(uint64_t pointer) {
+  return (pointer & 0xffff'ffff) + ((pointer >> 32 & 0xffff) << 4);
+}
 
 Environment environment_of(const Cpu& cpu, unsigned width) {
   const VectorState& v = cpu.vector;
   const uint64_t fip = get<uint64_t>(v, image::fip), fdp = get<uint64_t>(v, image::fdp);
   const uint16_t fop = get<uint16_t>(v, image::fop) & 0x7ff;
   Environment e;
-  const std::array<uint16_t, 3> words = {get<uint16_t>(v, image::fcw), get<uint16_t>(v, image::fsw), full_tags(v)};
+  const std::array<uint16_t, 3> words = {get<uint16_t>(v, image::fcw), get<uint16_t>(v, image::fsw),
+                                         full_tags(v)};
   for (unsigned i = 0; i < 3; ++i) {
     if (width == 4) {
       e.put32(4 * i, 0xffff'0000u | words[i]);
@@ -271,8 +283,12 @@ void load_environment(Cpu& cpu, const Environment& e, unsigned width) {
 
 }  // namespace
 
-Step run_fnstsw(Cpu& cpu, const Op& op) noexcept { return store_word(cpu, op, image::fsw); }
-Step run_fnstcw(Cpu& cpu, const Op& op) noexcept { return store_word(cpu, op, image::fcw); }
+Step run_fnstsw(Cpu& cpu, const Op& op) noexcept {
+  return store_word(cpu, op, image::fsw);
+}
+Step run_fnstcw(Cpu& cpu, const Op& op) noexcept {
+  return store_word(cpu, op, image::fcw);
+}
 
 Step run_fldcw(Cpu& cpu, const Op& op) noexcept {
   uint64_t linear = 0;
@@ -299,8 +315,8 @@ Step run_fldenv(Cpu& cpu, const Op& op) noexcept {
   const unsigned width = op.size == 2 ? 2 : 4;
   uint64_t linear = 0;
   Environment e;
-  if (!available(cpu, Need::x87) || !cpu.linear(op, 7 * width, false, linear) || !check_ac(cpu, linear, width) ||
-      !cpu.read_bytes(linear, e.bytes.data(), 7 * width))
+  if (!available(cpu, Need::x87) || !cpu.linear(op, 7 * width, false, linear) ||
+      !check_ac(cpu, linear, width) || !cpu.read_bytes(linear, e.bytes.data(), 7 * width))
     return Step::fault;
   load_environment(cpu, e, width);
   return Step::next;
@@ -314,8 +330,7 @@ Step run_fnsave(Cpu& cpu, const Op& op) noexcept {
   std::array<uint8_t, 108> area;
   const Environment e = environment_of(cpu, width);
   std::memcpy(area.data(), e.bytes.data(), head);
-  for (unsigned i = 0; i < 8; ++i)
-    std::memcpy(&area[head + 10 * i], &cpu.vector.fx[image::st + 16 * i], 10);
+  for (unsigned i = 0; i < 8; ++i) std::memcpy(&area[head + 10 * i], &cpu.vector.fx[image::st + 16 * i], 10);
   if (!cpu.write_bytes(linear, area.data(), head + 80)) return Step::fault;
   return run_fninit(cpu, op);
 }
@@ -324,8 +339,8 @@ Step run_frstor(Cpu& cpu, const Op& op) noexcept {
   const unsigned width = op.size == 2 ? 2 : 4, head = 7 * width;
   uint64_t linear = 0;
   std::array<uint8_t, 108> area;
-  if (!available(cpu, Need::x87) || !cpu.linear(op, head + 80, false, linear) || !check_ac(cpu, linear, width) ||
-      !cpu.read_bytes(linear, area.data(), head + 80))
+  if (!available(cpu, Need::x87) || !cpu.linear(op, head + 80, false, linear) ||
+      !check_ac(cpu, linear, width) || !cpu.read_bytes(linear, area.data(), head + 80))
     return Step::fault;
   Environment e;
   std::memcpy(e.bytes.data(), area.data(), head);

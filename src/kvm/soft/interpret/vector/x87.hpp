@@ -24,8 +24,12 @@ void put(VectorState& v, unsigned offset, T value) noexcept {
   std::memcpy(&v.fx[offset], &value, sizeof(T));
 }
 
-inline uint32_t mxcsr(const VectorState& v) noexcept { return get<uint32_t>(v, image::mxcsr); }
-inline void set_mxcsr(VectorState& v, uint32_t value) noexcept { put(v, image::mxcsr, value); }
+inline uint32_t mxcsr(const VectorState& v) noexcept {
+  return get<uint32_t>(v, image::mxcsr);
+}
+inline void set_mxcsr(VectorState& v, uint32_t value) noexcept {
+  put(v, image::mxcsr, value);
+}
 
 // The x87 part in its initial state (FNINIT, all of it: registers zero).
 void init_x87(VectorState& v) noexcept;

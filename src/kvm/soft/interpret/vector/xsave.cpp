@@ -1,6 +1,6 @@
 // FXSAVE, FXRSTOR and the XSAVE family, by hand. Areas have the host's layout, which the guest's CPUID shows.
-// No "modified" optimisation: XSAVEOPT and XSAVES store every component in use, which the architecture allows.
-// SDM volume 1, sections 10.5 and 13.6 to 13.13.
+// No "modified" optimisation: XSAVEOPT and XSAVES store every component in use, which the architecture
+// allows. SDM volume 1, sections 10.5 and 13.6 to 13.13.
 #include <algorithm>
 
 #include "kvm/soft/interpret/vector/access.hpp"
@@ -16,7 +16,9 @@ namespace {
 // Whole pages of an XSAVE area are probed at once; no host layout known comes near.
 constexpr unsigned largest_area = 4096;
 
-unsigned registers_of(const Cpu& cpu) { return cpu.mode() == Mode::bits64 ? 16 : 8; }
+unsigned registers_of(const Cpu& cpu) {
+  return cpu.mode() == Mode::bits64 ? 16 : 8;
+}
 
 bool fx_ready(Cpu& cpu) {
   return (cpu.cr0 & (cr0::em | cr0::ts)) == 0 || cpu.raise(Exception::nm);
@@ -122,8 +124,8 @@ Step save(Cpu& cpu, const Op& op, Variant variant) {
   }
   for (unsigned i = 2; i < component::count && ok; ++i) {
     if (!has(i)) continue;
-    const uint32_t part = i == component::avx         ? 16 * registers
-                          : i == component::zmm_hi256 ? 32 * registers
+    const uint32_t part = i == component::avx                          ? 16 * registers
+                          : i == component::zmm_hi256                  ? 32 * registers
                           : i == component::hi16_zmm && registers < 16 ? 0
                                                                        : host().size[i];
     save_component(v, i, registers, bytes.data());
@@ -195,11 +197,23 @@ Step restore(Cpu& cpu, const Op& op, bool supervisor) {
 
 }  // namespace
 
-Step run_xsave(Cpu& cpu, const Op& op) noexcept { return save(cpu, op, Variant::plain); }
-Step run_xsaveopt(Cpu& cpu, const Op& op) noexcept { return save(cpu, op, Variant::optimised); }
-Step run_xsavec(Cpu& cpu, const Op& op) noexcept { return save(cpu, op, Variant::compacted); }
-Step run_xsaves(Cpu& cpu, const Op& op) noexcept { return save(cpu, op, Variant::supervisor); }
-Step run_xrstor(Cpu& cpu, const Op& op) noexcept { return restore(cpu, op, false); }
-Step run_xrstors(Cpu& cpu, const Op& op) noexcept { return restore(cpu, op, true); }
+Step run_xsave(Cpu& cpu, const Op& op) noexcept {
+  return save(cpu, op, Variant::plain);
+}
+Step run_xsaveopt(Cpu& cpu, const Op& op) noexcept {
+  return save(cpu, op, Variant::optimised);
+}
+Step run_xsavec(Cpu& cpu, const Op& op) noexcept {
+  return save(cpu, op, Variant::compacted);
+}
+Step run_xsaves(Cpu& cpu, const Op& op) noexcept {
+  return save(cpu, op, Variant::supervisor);
+}
+Step run_xrstor(Cpu& cpu, const Op& op) noexcept {
+  return restore(cpu, op, false);
+}
+Step run_xrstors(Cpu& cpu, const Op& op) noexcept {
+  return restore(cpu, op, true);
+}
 
 }  // namespace lodge::kvm::soft::simd
