@@ -1,0 +1,11 @@
+// What each command does; the results are process exit statuses.
+#pragma once
+
+#include "cli/options.hpp"
+
+namespace lodge::cli {
+
+int run(const RunCommand& command);
+int doctor(const DoctorCommand& command);
+
+}  // namespace lodge::cli

@@ -1,0 +1,169 @@
+#include "cli/options.hpp"
+
+#include <CLI/Config.hpp>
+#include <CLI/Formatter.hpp>
+#include <algorithm>
+
+#include "base/error.hpp"
+#include "cli/version.hpp"
+#include "device/table.hpp"
+#include "vm/ending.hpp"
+
+namespace lodge::cli {
+namespace detail {
+namespace {
+
+constexpr const char* footer = R"(
+Examples:
+  lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
+  lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
+  lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
+  lodge doctor
+  source <(lodge completion bash)
+)";
+
+std::string run_footer() {
+  std::string text = "\nDevices (--device NAME,KEY=VALUE,...):\n";
+  for (const auto& device : device::device_table()) {
+    text += fmt::format("  {:<16} {}\n", device.name, device.help);
+    for (const auto& option : device.options) {
+      text += fmt::format("    {:<14} {} (default {})\n", option.name, option.help, option.fallback);
+    }
+  }
+  text +=
+      "\nKeys while the terminal belongs to the guest:\n"
+      "  Ctrl-A X  end the machine      Ctrl-A B  press its power button\n"
+      "  Ctrl-A R  reset it             Ctrl-A A  send Ctrl-A\n"
+      "  Ctrl-A H  help\n"
+      "\nSignals: SIGTERM and SIGINT press the power button; a second one, or 10 s, ends the machine.\n"
+      "\nExit status:\n";
+  for (const auto& [status, meaning] : vm::exit_statuses())
+    text += fmt::format("  {:>3}  {}\n", status, meaning);
+  return text + footer;
+}
+
+}  // namespace
+
+std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
+  auto app =
+      std::make_unique<CLI::App>("Lodge runs x86-64 virtual machines, with or without /dev/kvm.", "lodge");
+  app->set_version_flag("--version", std::string("lodge ") + version);
+  app->require_subcommand(1);
+  app->footer(footer);
+  app->get_formatter()->column_width(34);
+
+  auto* run = app->add_subcommand("run", "Run a virtual machine");
+  run->add_option("--kernel", raw.kernel, "Linux bzImage, ELF vmlinux (PVH) or multiboot kernel")
+      ->type_name("FILE");
+  run->add_option("--initrd", raw.initrd, "initial RAM disk; multiboot: modules, separated by commas")
+      ->type_name("FILE");
+  run->add_option("--append", raw.append, "the kernel's command line")->type_name("TEXT");
+  run->add_option("--cpus", raw.cpus, "number of processors")->type_name("N")->capture_default_str();
+  run->add_option("--memory", raw.memory, "RAM: 512M, 2G...")->type_name("SIZE")->capture_default_str();
+  run->add_option("--accel", raw.accel, "auto, kvm or soft (see lodge doctor)")
+      ->type_name("NAME")
+      ->capture_default_str();
+  run->add_option("--cpu", raw.cpu, "processor model: host or x86-64-v1 to -v4")
+      ->type_name("MODEL")
+      ->capture_default_str();
+  run->add_option("--serial", raw.serial, "a serial port: stdio, file:PATH, pty or null; up to 4 times")
+      ->type_name("WHERE")
+      ->allow_extra_args(false);
+  run->add_option("--name", raw.name, "the machine's name, as ps shows it")
+      ->type_name("NAME")
+      ->capture_default_str();
+  run->add_flag("--no-reboot", raw.no_reboot, "end when the guest resets the machine");
+  run->add_option("--device", raw.devices, "add a device: NAME,KEY=VALUE,...")
+      ->type_name("DEVICE")
+      ->allow_extra_args(false);
+  run->add_flag("--stats", raw.stats, "print times and exit counts to stderr at the end");
+  run->add_flag("--json", raw.run_json, "print them as one line of JSON");
+  run->footer(run_footer());
+
+  auto* doctor = app->add_subcommand("doctor", "Report what this host offers and which accelerator fits");
+  doctor->add_flag("--json", raw.doctor_json, "print the report as JSON");
+
+  auto* completion = app->add_subcommand("completion", "Print a shell's completion script");
+  completion->add_option("shell", raw.shell, "bash, zsh or fish")->required();
+  return app;
+}
+
+Values values_of(const std::string& option) {
+  if (option == "--kernel" || option == "--initrd") return {{}, true};
+  if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
+  if (option == "--serial") return {{"stdio", "file:", "pty", "null"}, false};
+  if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
+  if (option == "shell") return {{"bash", "zsh", "fish"}, false};
+  if (option == "--device") {
+    Values values;
+    for (const auto& device : device::device_table()) values.words.emplace_back(device.name);
+    return values;
+  }
+  return {};
+}
+
+}  // namespace detail
+
+namespace {
+
+RunCommand understand_run(const detail::RawOptions& raw) {
+  RunCommand command;
+  auto& config = command.config;
+  config.kernel = raw.kernel;
+  config.initrd = raw.initrd;
+  config.append = raw.append;
+  config.name = raw.name;
+  config.cpu = raw.cpu;
+  config.reboot = !raw.no_reboot;
+  config.cpus = vm::parse_cpus("--cpus", raw.cpus);
+  config.memory = vm::parse_size("--memory", raw.memory);
+  config.accelerator = vm::parse_accelerator("--accel", raw.accel);
+  if (!raw.serial.empty()) {
+    config.serial.clear();
+    for (const auto& text : raw.serial) config.serial.push_back(vm::parse_serial("--serial", text));
+  }
+  for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
+  command.stats = raw.stats || raw.run_json;
+  command.json = raw.run_json;
+  return command;
+}
+
+// The subcommand that was named, or else the program: whose help is meant.
+const CLI::App* innermost(const CLI::App& app) {
+  const auto chosen = app.get_subcommands();
+  return chosen.empty() ? &app : chosen.front();
+}
+
+}  // namespace
+
+Command parse_command_line(std::span<const char* const> arguments) {
+  detail::RawOptions raw;
+  const auto app = detail::describe_command_line(raw);
+  const auto known = app->get_subcommands([](const CLI::App*) { return true; });
+  if (arguments.size() > 1 && arguments[1][0] != '-' &&
+      std::ranges::none_of(known, [&](const auto* sub) { return sub->check_name(arguments[1]); })) {
+    usage_error("unknown command '{}'; there are run, doctor and completion, see 'lodge --help'",
+                arguments[1]);
+  }
+  // CLI11 takes the words in reverse order and without the program's name.
+  std::vector<std::string> words(arguments.begin() + 1, arguments.end());
+  std::ranges::reverse(words);
+  try {
+    app->parse(std::move(words));
+  } catch (const CLI::CallForVersion& call) {
+    return PrintCommand{std::string(call.what()) + "\n"};
+  } catch (const CLI::CallForHelp&) {
+    const auto* meant = innermost(*app);
+    return PrintCommand{meant->help(meant == app.get() ? "" : "lodge")};
+  } catch (const CLI::ParseError& error) {
+    const auto* meant = innermost(*app);
+    std::string text = error.what();
+    std::ranges::replace(text, '\n', ' ');
+    usage_error("{}; see 'lodge{} --help'", text, meant == app.get() ? "" : " " + meant->get_name());
+  }
+  if (app->got_subcommand("run")) return understand_run(raw);
+  if (app->got_subcommand("doctor")) return DoctorCommand{raw.doctor_json};
+  return CompletionCommand{raw.shell};
+}
+
+}  // namespace lodge::cli

@@ -1,0 +1,56 @@
+// The command line: what a person typed, as one typed command.
+#pragma once
+
+#include <CLI/App.hpp>
+#include <memory>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "vm/config.hpp"
+
+namespace lodge::cli {
+
+struct RunCommand {
+  vm::VmConfig config;
+  bool stats = false;  // what happened, on stderr at the end
+  bool json = false;   // the same as one line of JSON
+};
+struct DoctorCommand {
+  bool json = false;
+};
+struct CompletionCommand {
+  std::string shell;
+};
+// Something to print on stdout: help or the version.
+struct PrintCommand {
+  std::string text;
+};
+using Command = std::variant<RunCommand, DoctorCommand, CompletionCommand, PrintCommand>;
+
+// Throws UsageError with one line that names the option and the remedy.
+Command parse_command_line(std::span<const char* const> arguments);
+
+// A shell's completion script, derived from the same description of options that parsing uses. Throws
+// UsageError for a shell other than bash, zsh and fish.
+std::string completion_script(const std::string& shell);
+
+namespace detail {
+// The options as text, before their values are understood.
+struct RawOptions {
+  std::string kernel, initrd, append, cpus = "1", memory = "512M", accel = "auto", cpu = "host",
+                                      name = "lodge", shell;
+  std::vector<std::string> serial, devices;
+  bool no_reboot = false, stats = false, run_json = false, doctor_json = false;
+};
+std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);
+// What may follow an option, for completions: fixed words, or a file (empty words, file set).
+struct Values {
+  std::vector<std::string> words;
+  bool file = false;
+};
+Values values_of(const std::string& option);
+}  // namespace detail
+
+}  // namespace lodge::cli

@@ -1,0 +1,184 @@
+// lodge run: one virtual machine in this process, with the user's terminal.
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <csignal>
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "base/error.hpp"
+#include "cli/commands.hpp"
+#include "cli/escape.hpp"
+#include "cli/terminal.hpp"
+#include "vm/accelerator.hpp"
+#include "vm/virtual_machine.hpp"
+
+namespace lodge::cli {
+namespace {
+
+// How long a guest may take to power off after its button was pressed by a signal.
+constexpr int power_off_patience_ms = 10'000;
+
+constexpr const char* key_help =
+    "\nlodge: Ctrl-A X ends the machine, B presses its power button, R resets it, A sends Ctrl-A, H is this "
+    "help\n";
+
+void say(const std::string& text) {
+  fmt::print(stderr, "lodge: {}\n", text);
+}
+
+// The signals that are for the VM. Blocked before any thread is started, so that only the descriptor gets
+// them.
+Fd take_signals() {
+  sigset_t set;
+  ::sigemptyset(&set);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT}) ::sigaddset(&set, signal);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  Fd fd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+  if (!fd) throw_errno("signalfd");
+  return fd;
+}
+
+// Turns signals into calls on the VM for its lifetime: SIGTERM, SIGINT and SIGHUP press the power button,
+// SIGQUIT ends it, SIGTSTP gives the terminal back while the process is stopped.
+class SignalServer {
+ public:
+  SignalServer(const Fd& signals, vm::VirtualMachine& machine, RawTerminal& terminal)
+      : signals_(signals), machine_(machine), terminal_(terminal), stop_(Fd::event()), thread_([this] {
+          loop();
+        }) {}
+  ~SignalServer() {
+    signal_event(stop_.get());
+    thread_.join();
+  }
+
+ private:
+  void loop() noexcept {
+    for (bool asked = false;;) {
+      std::array<pollfd, 2> fds{{{signals_.get(), POLLIN, 0}, {stop_.get(), POLLIN, 0}}};
+      const int count = ::poll(fds.data(), fds.size(), asked ? power_off_patience_ms : -1);
+      if (count < 0) continue;
+      if (fds[1].revents) return;
+      if (count == 0) machine_.end();
+      signalfd_siginfo info{};
+      if (::read(signals_.get(), &info, sizeof info) != sizeof info) continue;
+      switch (info.ssi_signo) {
+        case SIGTSTP:
+          terminal_.restore();
+          ::raise(SIGSTOP);
+          terminal_.enter();
+          break;
+        case SIGCONT: terminal_.enter(); break;
+        case SIGQUIT: machine_.end(); break;
+        default:
+          // No guest driver sees the button, or the user insists: no reason to wait.
+          if (asked || !machine_.press_power_button()) machine_.end();
+          asked = true;
+          break;
+      }
+    }
+  }
+
+  const Fd& signals_;
+  vm::VirtualMachine& machine_;
+  RawTerminal& terminal_;
+  Fd stop_;
+  std::thread thread_;
+};
+
+std::unique_ptr<vm::Backends> open_backends(const vm::VmConfig& config, const RawTerminal& terminal,
+                                            EscapeKey& key) {
+  vm::Stream::Filter filter;
+  // Input that is no terminal is passed on as it is: a file or a pipe has no escape key.
+  if (terminal.active()) filter = [&key](std::span<uint8_t> input) { return key.filter(input); };
+  auto backends = std::make_unique<vm::Backends>(config.serial, filter);
+  for (size_t i = 0; i < config.serial.size(); i++) {
+    if (config.serial[i].kind == vm::SerialConfig::Kind::pty) {
+      say(fmt::format("serial port {} is {}", i + 1, backends->serial(i).where()));
+    }
+  }
+  return backends;
+}
+
+double cpu_seconds() {
+  rusage usage{};
+  ::getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
+void print_statistics(const RunCommand& command, const vm::Statistics& statistics,
+                      const std::string& accelerator, const std::string& protocol, int status) {
+  if (command.json) {
+    const nlohmann::json json = {{"name", command.config.name},
+                                 {"accelerator", accelerator},
+                                 {"boot", protocol},
+                                 {"exit_status", status},
+                                 {"seconds", statistics.seconds},
+                                 {"cpu_seconds", cpu_seconds()},
+                                 {"resets", statistics.resets},
+                                 {"exits",
+                                  {{"port", statistics.port_exits},
+                                   {"memory", statistics.memory_exits},
+                                   {"other", statistics.other_exits}}}};
+    fmt::print(stderr, "{}\n", json.dump());
+    return;
+  }
+  say(fmt::format(
+      "{}: {:.3f} s, {:.3f} s of CPU, {} accelerator, {}; exits: {} port, {} memory, {} other; {} resets",
+      command.config.name, statistics.seconds, cpu_seconds(), accelerator, protocol, statistics.port_exits,
+      statistics.memory_exits, statistics.other_exits, statistics.resets));
+}
+
+}  // namespace
+
+int run(const RunCommand& command) {
+  vm::validate(command.config, vm::host_limits());
+  const Fd signals = take_signals();
+  ::prctl(PR_SET_NAME, ("lodge:" + command.config.name).substr(0, 15).c_str());
+  auto selected = vm::open_accelerator(command.config.accelerator);
+  const std::string accelerator(selected.system->name());
+  if (!selected.remark.empty() && ::isatty(STDERR_FILENO)) say(selected.remark);
+
+  // The streams need the key before the VM exists, so its actions find the VM here.
+  std::atomic<vm::VirtualMachine*> target = nullptr;
+  EscapeKey key([&target](EscapeKey::Action action) {
+    vm::VirtualMachine* machine = target;
+    if (action == EscapeKey::Action::help) std::fputs(key_help, stderr);
+    if (!machine) return;
+    if (action == EscapeKey::Action::end) machine->end();
+    if (action == EscapeKey::Action::power_button) machine->press_power_button();
+    if (action == EscapeKey::Action::reset) machine->reset();
+  });
+  const bool uses_terminal = std::ranges::any_of(
+      command.config.serial, [](const auto& port) { return port.kind == vm::SerialConfig::Kind::stdio; });
+  RawTerminal terminal(uses_terminal);
+  vm::VirtualMachine machine(command.config, std::move(selected.system),
+                             open_backends(command.config, terminal, key));
+  const std::string protocol = machine.protocol();
+  target = &machine;
+  terminal.enter();
+  vm::Ending ending;
+  {
+    SignalServer server(signals, machine, terminal);
+    ending = machine.run();
+  }
+  terminal.restore();
+  if (!ending.message.empty()) say(ending.message);
+  const int status = ending.exit_status();
+  if (command.stats) print_statistics(command, machine.statistics(), accelerator, protocol, status);
+  return status;
+}
+
+}  // namespace lodge::cli

@@ -1,0 +1,176 @@
+#include "vm/config.hpp"
+
+#include <fmt/format.h>
+#include <sys/stat.h>
+#include <sys/sysinfo.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <optional>
+
+#include "base/error.hpp"
+#include "device/table.hpp"
+#include "machine/layout.hpp"
+
+namespace lodge::vm {
+namespace {
+
+using machine::layout::KiB, machine::layout::MiB, machine::layout::GiB;
+
+constexpr std::array<std::string_view, 5> models = {"host", "x86-64-v1", "x86-64-v2", "x86-64-v3",
+                                                    "x86-64-v4"};
+constexpr std::array<std::string_view, 3> accelerators = {"auto", "kvm", "soft"};
+constexpr unsigned max_serial = 4;
+constexpr size_t max_name = 64;
+// Below this no kernel can be placed at all: the first MiB belongs to the firmware's areas.
+constexpr uint64_t min_memory = 2 * MiB;
+
+template <class Number>
+std::optional<Number> number(std::string_view text) {
+  Number value{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size() || text.empty()) return std::nullopt;
+  return value;
+}
+
+// Fails with a reason that a person understands when `path` is not a readable regular file.
+uint64_t readable_file(std::string_view option, const std::string& path) {
+  struct stat info {};
+  if (::stat(path.c_str(), &info) != 0)
+    usage_error("{}: cannot open '{}': {}", option, path, std::strerror(errno));
+  if (S_ISDIR(info.st_mode)) usage_error("{}: '{}' is a directory; give a file", option, path);
+  if (::access(path.c_str(), R_OK) != 0)
+    usage_error("{}: cannot read '{}': {}", option, path, std::strerror(errno));
+  return static_cast<uint64_t>(info.st_size);
+}
+
+void validate_serial(const VmConfig& config) {
+  if (config.serial.size() > max_serial)
+    usage_error("--serial: given {} times; the machine has {} serial ports", config.serial.size(),
+                max_serial);
+  const auto stdio = std::ranges::count(config.serial, SerialConfig::Kind::stdio, &SerialConfig::kind);
+  if (stdio > 1)
+    usage_error(
+        "--serial: 'stdio' given {} times; there is one terminal, use file:PATH, pty or null for the others",
+        stdio);
+}
+
+}  // namespace
+
+HostLimits host_limits() {
+  struct sysinfo info {};
+  if (::sysinfo(&info) != 0) throw_errno("sysinfo");
+  return {.memory = uint64_t{info.totalram} * info.mem_unit};
+}
+
+uint64_t parse_size(std::string_view option, std::string_view text) {
+  const auto bad = [&] {
+    usage_error("{}: '{}' is not a size; give a number with K, M, G or T, like 512M", option, text);
+  };
+  if (text.empty()) bad();
+  uint64_t unit = MiB;
+  std::string_view digits = text;
+  const auto suffix = std::string_view("KMGT").find(static_cast<char>(text.back() & ~0x20));
+  if (text.back() > '9' && suffix != std::string_view::npos) {
+    unit = KiB << (10 * suffix);
+    digits.remove_suffix(1);
+  }
+  const auto value = number<uint64_t>(digits);
+  if (!value) bad();
+  if (*value > UINT64_MAX / unit) usage_error("{}: '{}' is more than a machine can have", option, text);
+  return *value * unit;
+}
+
+unsigned parse_cpus(std::string_view option, std::string_view text) {
+  const auto value = number<unsigned>(text);
+  if (!value || *value < 1 || *value > machine::layout::max_cpus) {
+    usage_error("{}: '{}' is not a number of CPUs from 1 to {}", option, text, machine::layout::max_cpus);
+  }
+  return *value;
+}
+
+Accelerator parse_accelerator(std::string_view option, std::string_view text) {
+  const auto found = std::ranges::find(accelerators, text);
+  if (found == accelerators.end())
+    usage_error("{}: unknown accelerator '{}'; choose auto, kvm or soft", option, text);
+  return static_cast<Accelerator>(found - accelerators.begin());
+}
+
+std::string_view name_of(Accelerator accelerator) noexcept {
+  return accelerators[static_cast<size_t>(accelerator)];
+}
+
+SerialConfig parse_serial(std::string_view option, std::string_view text) {
+  using Kind = SerialConfig::Kind;
+  if (text == "null") return {Kind::null, {}};
+  if (text == "stdio") return {Kind::stdio, {}};
+  if (text == "pty") return {Kind::pty, {}};
+  if (text.starts_with("file:") && text.size() > 5) return {Kind::file, std::string(text.substr(5))};
+  usage_error("{}: unknown back end '{}'; choose stdio, file:PATH, pty or null", option, text);
+}
+
+DeviceConfig parse_device(std::string_view option, std::string_view text) {
+  DeviceConfig device;
+  bool first = true;
+  while (!text.empty() || first) {
+    const auto comma = std::min(text.find(','), text.size());
+    const std::string_view part = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    if (first) {
+      first = false;
+      if (part.empty()) usage_error("{}: the device's name is missing; give name,key=value", option);
+      device.name = part;
+      continue;
+    }
+    const auto equals = part.find('=');
+    if (equals == 0 || equals == std::string_view::npos)
+      usage_error("{}: '{}' of device '{}' is not key=value", option, part, device.name);
+    if (!device.options.emplace(part.substr(0, equals), part.substr(equals + 1)).second) {
+      usage_error("{}: '{}' of device '{}' is given twice", option, part.substr(0, equals), device.name);
+    }
+  }
+  return device;
+}
+
+std::span<const std::string_view> cpu_models() noexcept {
+  return models;
+}
+
+void validate(const VmConfig& config, const HostLimits& limits) {
+  if (config.kernel.empty())
+    usage_error("--kernel: missing; give the path of a Linux bzImage, an ELF vmlinux or a multiboot kernel");
+  if (config.name.empty() || config.name.size() > max_name ||
+      !std::ranges::all_of(config.name, [](unsigned char c) { return c > ' ' && c < 0x7f && c != '/'; })) {
+    usage_error("--name: '{}' is not a name of 1 to {} visible ASCII characters without '/'", config.name,
+                max_name);
+  }
+  if (config.cpus < 1 || config.cpus > machine::layout::max_cpus)
+    usage_error("--cpus: {} is not a number of CPUs from 1 to {}", config.cpus, machine::layout::max_cpus);
+  if (std::ranges::find(models, config.cpu) == models.end())
+    usage_error("--cpu: unknown model '{}'; choose one of {}", config.cpu, fmt::join(models, ", "));
+  if (config.memory % (4 * KiB) != 0)
+    usage_error("--memory: {} bytes is not a multiple of 4K", config.memory);
+  if (config.memory < min_memory)
+    usage_error("--memory: {} KiB is too little for any kernel; give at least {} MiB", config.memory / KiB,
+                min_memory / MiB);
+  if (config.memory > limits.memory)
+    usage_error("--memory: {} MiB is more than this host's {} MiB; give less", config.memory / MiB,
+                limits.memory / MiB);
+  validate_serial(config);
+  for (const auto& device : config.devices) device::check_device(device.name, device.options);
+  if (readable_file("--kernel", config.kernel) == 0) usage_error("--kernel: '{}' is empty", config.kernel);
+  if (!config.initrd.empty()) {
+    const uint64_t size = readable_file("--initrd", config.initrd);
+    if (size == 0) usage_error("--initrd: '{}' is empty", config.initrd);
+    if (size >= config.memory) {
+      usage_error("--initrd: '{}' ({} MiB) does not fit in --memory ({} MiB); give the machine more",
+                  config.initrd, (size + MiB - 1) / MiB, config.memory / MiB);
+    }
+  }
+}
+
+}  // namespace lodge::vm

@@ -1,0 +1,66 @@
+// What one virtual machine is to be: typed, and checked before anything is created.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace lodge::vm {
+
+enum class Accelerator { automatic, kvm, soft };
+
+struct SerialConfig {
+  enum class Kind { null, stdio, file, pty };
+  Kind kind = Kind::null;
+  std::string path;  // of Kind::file
+  bool operator==(const SerialConfig&) const = default;
+};
+
+// One --device: "name,key=value,...".
+struct DeviceConfig {
+  std::string name;
+  std::map<std::string, std::string> options;
+  bool operator==(const DeviceConfig&) const = default;
+};
+
+struct VmConfig {
+  std::string name = "lodge";
+  std::string kernel;  // path; required
+  std::string initrd;  // path; empty: none
+  std::string append;  // the kernel's command line
+  unsigned cpus = 1;
+  uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
+  Accelerator accelerator = Accelerator::automatic;
+  std::string cpu = "host";  // a name of cpu_models()
+  std::vector<SerialConfig> serial = {{SerialConfig::Kind::stdio, {}}};
+  std::vector<DeviceConfig> devices;
+  bool reboot = true;  // false: a reset ends the VM
+};
+
+// What the host can give at most.
+struct HostLimits {
+  uint64_t memory;  // bytes of RAM
+};
+HostLimits host_limits();
+
+// The pieces of a command line or of a configuration file. Each throws UsageError with one sentence that
+// names `option` and the remedy.
+uint64_t parse_size(std::string_view option, std::string_view text);  // "512M", "2G", "1024" (MiB), "640K"
+unsigned parse_cpus(std::string_view option, std::string_view text);
+Accelerator parse_accelerator(std::string_view option, std::string_view text);
+SerialConfig parse_serial(std::string_view option, std::string_view text);
+DeviceConfig parse_device(std::string_view option, std::string_view text);
+
+std::string_view name_of(Accelerator accelerator) noexcept;
+
+// The names that --cpu takes, "host" first.
+std::span<const std::string_view> cpu_models() noexcept;
+
+// Throws UsageError when the parts are impossible in themselves, do not fit together or exceed the host. What
+// only the kernel image can tell (its format, the memory it needs) is checked when the VM is built.
+void validate(const VmConfig& config, const HostLimits& limits);
+
+}  // namespace lodge::vm

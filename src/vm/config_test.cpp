@@ -1,0 +1,132 @@
+#include "vm/config.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "base/error.hpp"
+
+namespace lodge::vm {
+namespace {
+
+using testing::HasSubstr;
+using testing::ThrowsMessage;
+
+TEST(ParseSize, TakesSuffixesInEitherCaseAndMebibytesWithoutOne) {
+  EXPECT_EQ(parse_size("--memory", "640K"), 640u << 10);
+  EXPECT_EQ(parse_size("--memory", "512M"), 512u << 20);
+  EXPECT_EQ(parse_size("--memory", "2g"), 2ull << 30);
+  EXPECT_EQ(parse_size("--memory", "1T"), 1ull << 40);
+  EXPECT_EQ(parse_size("--memory", "128"), 128u << 20);
+}
+
+TEST(ParseSize, RefusesWhatIsNoSize) {
+  for (const char* text : {"", "M", "-1", "1.5G", "12X", "0x10", "1 G", "G1"}) {
+    EXPECT_THAT([&] { parse_size("--memory", text); }, ThrowsMessage<UsageError>(HasSubstr("--memory: ")))
+        << text;
+  }
+}
+
+TEST(ParseSize, RefusesOverflow) {
+  EXPECT_THAT([] { parse_size("--memory", "18446744073709551615T"); },
+              ThrowsMessage<UsageError>(HasSubstr("more than")));
+  EXPECT_THROW(parse_size("--memory", "99999999999999999999"), UsageError);
+}
+
+TEST(ParseCpus, TakesOneTo255) {
+  EXPECT_EQ(parse_cpus("--cpus", "1"), 1u);
+  EXPECT_EQ(parse_cpus("--cpus", "255"), 255u);
+  for (const char* text : {"0", "256", "10000", "two", "", "-1", "1.0"}) {
+    EXPECT_THAT([&] { parse_cpus("--cpus", text); }, ThrowsMessage<UsageError>(HasSubstr("1 to 255")))
+        << text;
+  }
+}
+
+TEST(ParseSerial, KnowsFourBackEnds) {
+  EXPECT_EQ(parse_serial("--serial", "file:/tmp/a,b"), (SerialConfig{SerialConfig::Kind::file, "/tmp/a,b"}));
+  EXPECT_EQ(parse_serial("--serial", "pty").kind, SerialConfig::Kind::pty);
+  EXPECT_THROW(parse_serial("--serial", "file:"), UsageError);
+  EXPECT_THROW(parse_serial("--serial", "tcp:1"), UsageError);
+}
+
+TEST(ParseDevice, SplitsNameAndOptions) {
+  const DeviceConfig device = parse_device("--device", "isa-debug-exit,port=0xf4,size=4");
+  EXPECT_EQ(device.name, "isa-debug-exit");
+  EXPECT_EQ(device.options.at("port"), "0xf4");
+  EXPECT_EQ(device.options.at("size"), "4");
+  EXPECT_EQ(parse_device("--device", "pc-testdev").options.size(), 0u);
+}
+
+TEST(ParseDevice, RefusesMalformedOptions) {
+  for (const char* text : {"", ",port=1", "x,port", "x,=1", "x,a=1,a=2", "x,,a=1"}) {
+    EXPECT_THROW(parse_device("--device", text), UsageError) << text;
+  }
+}
+
+class Validate : public testing::Test {
+ protected:
+  Validate() {
+    std::filesystem::create_directory(dir_);
+    std::ofstream(kernel_) << "kernel";
+    config_.kernel = kernel_;
+  }
+  ~Validate() override { std::filesystem::remove_all(dir_); }
+  auto check() {
+    return [this] { validate(config_, {.memory = 4ull << 30}); };
+  }
+
+  std::string dir_ = testing::TempDir() + "lodge-config-" + std::to_string(getpid());
+  std::string kernel_ = dir_ + "/kernel";
+  VmConfig config_;
+};
+
+TEST_F(Validate, AcceptsTheDefaults) {
+  EXPECT_NO_THROW(check()());
+}
+
+TEST_F(Validate, RefusesMoreMemoryThanTheHostHas) {
+  config_.memory = 8ull << 30;
+  EXPECT_THAT(check(),
+              ThrowsMessage<UsageError>(HasSubstr("--memory: 8192 MiB is more than this host's 4096 MiB")));
+}
+
+TEST_F(Validate, RefusesTooLittleOrUnalignedMemory) {
+  config_.memory = 1 << 20;
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--memory")));
+  config_.memory = (64 << 20) + 1024;
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("multiple of 4K")));
+}
+
+TEST_F(Validate, RefusesAnInitrdLargerThanMemory) {
+  config_.initrd = dir_ + "/initrd";
+  std::ofstream(config_.initrd) << "x";
+  std::filesystem::resize_file(config_.initrd, 600 << 20);
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--initrd")));
+}
+
+TEST_F(Validate, NamesTheFileThatCannotBeRead) {
+  config_.kernel = dir_ + "/none";
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(testing::AllOf(HasSubstr("--kernel"), HasSubstr("/none"))));
+  config_.kernel = dir_;
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("directory")));
+}
+
+TEST_F(Validate, RefusesTheTerminalTwiceAndAFifthPort) {
+  config_.serial = {{SerialConfig::Kind::stdio, {}}, {SerialConfig::Kind::stdio, {}}};
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("stdio")));
+  config_.serial.assign(5, {});
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("4 serial ports")));
+}
+
+TEST_F(Validate, RefusesUnknownCpuAndBadName) {
+  config_.cpu = "pentium";
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("x86-64-v3")));
+  config_.cpu = "host";
+  config_.name = "a b";
+  EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--name")));
+}
+
+}  // namespace
+}  // namespace lodge::vm

@@ -1,0 +1,157 @@
+#include "vm/machine.hpp"
+
+#include <fmt/format.h>
+
+#include <array>
+
+#include "base/error.hpp"
+#include "machine/acpi/acpi.hpp"
+#include "machine/layout.hpp"
+#include "vm/cpuid.hpp"
+
+namespace lodge::vm {
+namespace {
+
+namespace layout = machine::layout;
+
+constexpr uint32_t gsi_count = 24, keyboard_irq = 1, mouse_irq = 12;
+
+// Local vector table entries as firmware leaves them (Intel MultiProcessor Specification 1.4,
+// section 3.6.2.2, "virtual wire"): the boot processor's LINT0 takes the 8259's interrupt, everyone's LINT1
+// is NMI.
+constexpr unsigned lapic_lvt_lint0 = 0x350, lapic_lvt_lint1 = 0x360;
+constexpr uint32_t lvt_extint = 0x700, lvt_nmi = 0x400, lvt_masked = 0x10000;
+
+constexpr uint32_t msr_misc_enable = 0x1a0, msr_mtrr_def_type = 0x2ff;
+constexpr uint64_t misc_enable_fast_string = 1;
+// Enabled, write-back by default: what is no RAM is left to the guest's page attributes, as KVM machines do.
+constexpr uint64_t mtrr_write_back = 0x800 | 6;
+
+void set_lvt(kvm_lapic_state& lapic, unsigned offset, uint32_t value) {
+  for (unsigned i = 0; i < 4; i++) lapic.regs[offset + i] = static_cast<char>(value >> (8 * i));
+}
+
+// What firmware would have set up before the kernel.
+void set_up_vcpu(kvm::Vcpu& vcpu, bool boot_processor) {
+  kvm_lapic_state lapic = vcpu.lapic();
+  set_lvt(lapic, lapic_lvt_lint0, boot_processor ? lvt_extint : lvt_extint | lvt_masked);
+  set_lvt(lapic, lapic_lvt_lint1, lvt_nmi);
+  vcpu.set_lapic(lapic);
+  // One by one: an accelerator without the one (an AMD host has no IA32_MISC_ENABLE) still gets the other.
+  for (const auto& [index, value] :
+       {std::pair{msr_misc_enable, misc_enable_fast_string}, std::pair{msr_mtrr_def_type, mtrr_write_back}}) {
+    kvm_msr_entry entry{};
+    entry.index = index, entry.data = value;
+    vcpu.set_msrs({&entry, 1});
+  }
+}
+
+}  // namespace
+
+Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Backends& backends,
+                 machine::Power& power)
+    : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
+  memory_.attach(*vm_, 0);
+  create_irqchip();
+  create_chips(clock, power);
+  create_serial_ports(clock);
+  create_optional_devices(config, clock, power);
+  create_vcpus(config, system);
+  load_kernel(config);
+  // From here on the user's bytes may flow.
+  for (size_t i = 0; i < serial_.size(); i++) backends_.serial(i).connect(*serial_[i]);
+}
+
+Machine::~Machine() {
+  for (size_t i = 0; i < backends_.serial_ports(); i++) backends_.serial(i).disconnect();
+}
+
+void Machine::create_irqchip() {
+  vm_->set_tss_addr(layout::tss_base);
+  vm_->set_identity_map_addr(layout::identity_map_base);
+  vm_->create_irqchip();
+  kvm_pit_config pit{};
+  pit.flags = KVM_PIT_SPEAKER_DUMMY;  // port 0x61 answers
+  vm_->create_pit2(pit);
+  vm_->set_gsi_routing(pc_routing());
+  for (uint32_t gsi = 0; gsi < gsi_count; gsi++)
+    inputs_.push_back(std::make_unique<InterruptInput>(*vm_, gsi));
+}
+
+void Machine::mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::RegisterWindow& window,
+                    const char* owner) {
+  mounted_.emplace_back(bus, base, size, window, owner);
+}
+
+void Machine::create_chips(Clock& clock, machine::Power& power) {
+  pm_ = std::make_unique<device::AcpiPm>(clock, interrupt(layout::sci_irq), power);
+  mount(ports_, layout::acpi_pm_base, device::AcpiPm::window_size, *pm_, "ACPI power management");
+  mount(ports_, layout::smi_command_port, 2, pm_->smi_window(), "SMI command port");
+  rtc_ = std::make_unique<device::Rtc>(clock, interrupt(layout::rtc_irq));
+  uint64_t low = 0, high = 0;
+  for (const auto& range : memory_.ranges()) (range.gpa < layout::high_ram_base ? low : high) += range.size;
+  rtc_->describe_memory(low, high);
+  mount(ports_, layout::rtc_port, device::Rtc::window_size, *rtc_, "real-time clock");
+  i8042_ = std::make_unique<device::I8042>(interrupt(keyboard_irq), interrupt(mouse_irq), power);
+  mount(ports_, 0x60, 1, i8042_->data_window(), "keyboard controller");
+  mount(ports_, 0x64, 1, i8042_->command_window(), "keyboard controller");
+  port92_ = std::make_unique<device::Port92>(power);
+  mount(ports_, 0x92, 1, *port92_, "system control port A");
+  reset_ = std::make_unique<device::ResetControl>(power);
+  mount(ports_, layout::reset_port, 1, *reset_, "reset control");
+  mount(ports_, 0x80, 16, post_, "POST code and DMA page registers");
+  mount(ports_, 0xed, 1, delay_, "delay port");
+}
+
+void Machine::create_serial_ports(Clock& clock) {
+  for (size_t i = 0; i < backends_.serial_ports(); i++) {
+    serial_.push_back(
+        std::make_unique<device::Serial>(clock, interrupt(layout::serial_irqs[i]), backends_.serial(i)));
+    mount(ports_, layout::serial_ports[i], device::Serial::window_size, *serial_[i], "serial port");
+  }
+}
+
+void Machine::create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power) {
+  const device::DeviceContext context{
+      .ports = ports_,
+      .memory = mmio_,
+      .ram = memory_,
+      .clock = clock,
+      .power = power,
+      .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
+      .open_backend = [this](const std::string& specification, const std::string& option)
+          -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option); }};
+  for (const auto& device : config.devices)
+    optional_.push_back(device::create_device(context, device.name, device.options));
+}
+
+void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
+  const int maximum = vm_->check_extension(KVM_CAP_MAX_VCPUS);
+  if (maximum > 0 && config.cpus > static_cast<unsigned>(maximum)) {
+    usage_error("--cpus: the {} accelerator runs at most {} CPUs in one machine", system.name(), maximum);
+  }
+  const CpuidEntries model = model_cpuid(system, config.cpu);
+  for (unsigned id = 0; id < config.cpus; id++) {
+    auto vcpu = vm_->create_vcpu(id);
+    vcpu->set_cpuid2(vcpu_cpuid(model, id, config.cpus));
+    set_up_vcpu(*vcpu, id == 0);
+    vcpus_.push_back(std::move(vcpu));
+  }
+}
+
+void Machine::load_kernel(const VmConfig& config) {
+  machine::acpi::Config acpi;
+  acpi.cpus = config.cpus;
+  acpi.serial_ports = static_cast<unsigned>(serial_.size());
+  acpi.hpet = false;
+  machine::boot::Request request;
+  request.acpi_rsdp = machine::acpi::install(acpi, memory_);
+  request.kernel = config.kernel;
+  request.append = config.append;
+  if (!config.initrd.empty()) request.initrds.push_back(config.initrd);
+  const auto state = machine::boot::load(request, memory_);
+  protocol_ = state.protocol;
+  state.apply(*vcpus_[0]);
+}
+
+}  // namespace lodge::vm

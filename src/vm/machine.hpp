@@ -1,0 +1,80 @@
+// The hardware of one VM, assembled: memory, buses, chips, irqchip and processors. A reset of the machine is
+// a new one.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/clock.hpp"
+#include "device/acpi_pm.hpp"
+#include "device/debug_ports.hpp"
+#include "device/i8042.hpp"
+#include "device/reset.hpp"
+#include "device/rtc.hpp"
+#include "device/serial.hpp"
+#include "device/table.hpp"
+#include "kvm/kvm.hpp"
+#include "machine/boot/boot.hpp"
+#include "machine/bus.hpp"
+#include "machine/memory.hpp"
+#include "vm/backends.hpp"
+#include "vm/config.hpp"
+#include "vm/interrupts.hpp"
+
+namespace lodge::vm {
+
+class Machine {
+ public:
+  // Everything is created, the kernel loaded, no processor has run. All arguments must outlive the machine.
+  // Throws UsageError for what the configuration or the kernel is wrong about, std::system_error for what the
+  // host refuses.
+  Machine(const VmConfig& config, kvm::System& system, Clock& clock, Backends& backends,
+          machine::Power& power);
+  ~Machine();
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+
+  unsigned cpus() const noexcept { return static_cast<unsigned>(vcpus_.size()); }
+  kvm::Vcpu& vcpu(unsigned index) noexcept { return *vcpus_[index]; }
+  machine::Bus& ports() noexcept { return ports_; }
+  machine::Bus& mmio() noexcept { return mmio_; }
+  machine::GuestMemory& memory() noexcept { return memory_; }
+  // How the kernel was recognized and entered.
+  const std::string& protocol() const noexcept { return protocol_; }
+  // False when the guest has no driver that would see it.
+  bool press_power_button() noexcept { return pm_->press_power_button(); }
+
+ private:
+  void create_irqchip();
+  void create_chips(Clock& clock, machine::Power& power);
+  void create_serial_ports(Clock& clock);
+  void create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power);
+  void create_vcpus(const VmConfig& config, kvm::System& system);
+  void load_kernel(const VmConfig& config);
+  machine::Interrupt& interrupt(uint32_t gsi) { return inputs_[gsi]->add_driver(); }
+  void mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::RegisterWindow& window,
+             const char* owner);
+
+  // In the order of dependence: what is below uses what is above.
+  Backends& backends_;
+  std::unique_ptr<kvm::Vm> vm_;
+  machine::GuestMemory memory_;
+  machine::Bus ports_{"port", 0x10000};
+  machine::Bus mmio_{"memory", uint64_t{1} << 52};
+  std::vector<std::unique_ptr<InterruptInput>> inputs_;
+  std::unique_ptr<device::AcpiPm> pm_;
+  std::unique_ptr<device::Port92> port92_;
+  std::unique_ptr<device::ResetControl> reset_;
+  std::unique_ptr<device::Rtc> rtc_;
+  std::unique_ptr<device::I8042> i8042_;
+  device::LatchPorts post_, delay_;
+  std::vector<std::unique_ptr<device::Serial>> serial_;
+  std::vector<machine::Registration> mounted_;
+  std::vector<std::unique_ptr<device::MountedDevice>> optional_;
+  std::vector<std::unique_ptr<kvm::Vcpu>> vcpus_;
+  std::string protocol_;
+};
+
+}  // namespace lodge::vm

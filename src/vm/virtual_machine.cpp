@@ -1,0 +1,223 @@
+#include "vm/virtual_machine.hpp"
+
+#include <fmt/format.h>
+#include <pthread.h>
+
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+
+#include "vm/report.hpp"
+
+namespace lodge::vm {
+namespace {
+
+uint64_t load_bytes(std::span<const uint8_t> bytes) noexcept {
+  uint64_t value = 0;
+  std::memcpy(&value, bytes.data(), std::min(bytes.size(), sizeof value));
+  return value;
+}
+
+void store_bytes(std::span<uint8_t> bytes, uint64_t value) noexcept {
+  std::memcpy(bytes.data(), &value, std::min(bytes.size(), sizeof value));
+}
+
+}  // namespace
+
+VirtualMachine::VirtualMachine(VmConfig config, std::unique_ptr<kvm::System> system,
+                               std::unique_ptr<Backends> backends)
+    : config_(std::move(config)), system_(std::move(system)), backends_(std::move(backends)) {
+  machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+}
+
+VirtualMachine::~VirtualMachine() {
+  stop_vcpus();
+  machine_.reset();
+  // Their threads may call in here until they are gone: before the members that those calls use.
+  backends_.reset();
+}
+
+Ending VirtualMachine::run() {
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
+    start_vcpus();
+    Event event;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [this] { return event_.has_value(); });
+      event = *event_;
+    }
+    stop_vcpus();
+    if (!event.restart) {
+      backends_->flush();
+      seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      return event.ending;
+    }
+    // A reset is a new machine: nothing of the old one can leak into it. The old one goes first, so that
+    // memory is not needed twice.
+    {
+      std::lock_guard lock(machine_mutex_);
+      resets_++;
+      machine_.reset();
+      machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+    }
+    std::lock_guard lock(mutex_);
+    if (event_->restart) event_.reset();  // else somebody has ended the VM in the meantime
+  }
+}
+
+void VirtualMachine::start_vcpus() {
+  stop_ = false;
+  for (unsigned i = 0; i < machine_->cpus(); i++) threads_.emplace_back([this, i] { run_vcpu(i); });
+}
+
+void VirtualMachine::stop_vcpus() noexcept {
+  {
+    std::lock_guard lock(mutex_);
+    stop_ = true;
+    changed_.notify_all();
+  }
+  if (!threads_.empty()) kick_all();
+  for (auto& thread : threads_) thread.join();
+  threads_.clear();
+}
+
+void VirtualMachine::kick_all() noexcept {
+  for (unsigned i = 0; i < machine_->cpus(); i++) machine_->vcpu(i).kick();
+}
+
+// Any thread, also a vCPU's: it only leaves a note. run() does the rest.
+void VirtualMachine::post(Event event) noexcept {
+  std::lock_guard lock(mutex_);
+  // The first counts, and what chips say after it belongs to a machine that is gone; the user always counts.
+  if (event_ && event.ending.cause != Ending::Cause::outside) return;
+  event_ = std::move(event);
+  stop_ = true;
+  changed_.notify_all();
+}
+
+void VirtualMachine::restart_or(Ending::Cause cause, std::string message) noexcept {
+  if (config_.reboot)
+    post({.restart = true});
+  else
+    post({.ending = {.cause = cause, .message = std::move(message)}});
+}
+
+void VirtualMachine::request(machine::PowerRequest request) noexcept {
+  if (request == machine::PowerRequest::reset)
+    restart_or(Ending::Cause::reset);
+  else
+    post({.ending = {.cause = Ending::Cause::power_off}});
+}
+
+void VirtualMachine::exit_with(int status) noexcept {
+  post({.ending = {.cause = Ending::Cause::debug_exit, .debug_status = status}});
+}
+
+void VirtualMachine::reset() noexcept {
+  restart_or(Ending::Cause::reset);
+}
+void VirtualMachine::end() noexcept {
+  post({.ending = {.cause = Ending::Cause::outside}});
+}
+
+bool VirtualMachine::press_power_button() noexcept {
+  std::lock_guard lock(machine_mutex_);
+  return machine_ && machine_->press_power_button();
+}
+
+void VirtualMachine::pause() noexcept {
+  {
+    std::lock_guard lock(mutex_);
+    paused_ = true;
+  }
+  std::lock_guard lock(machine_mutex_);
+  if (machine_) kick_all();
+}
+
+void VirtualMachine::resume() noexcept {
+  std::lock_guard lock(mutex_);
+  paused_ = false;
+  changed_.notify_all();
+}
+
+// False when the machine is to stop.
+bool VirtualMachine::wait_while_paused() noexcept {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return !paused_ || stop_; });
+  return !stop_;
+}
+
+void VirtualMachine::run_vcpu(unsigned index) noexcept {
+  ::pthread_setname_np(::pthread_self(), fmt::format("lodge-cpu{}", index).c_str());
+  kvm::Vcpu& vcpu = machine_->vcpu(index);
+  while (!stop_) {
+    const kvm::Exit exit = vcpu.run();
+    // An interrupted run is a kick (stop or pause), a stray signal, or a processor that waits to be started.
+    if (exit.interrupted() || exit.status() == -EAGAIN) {
+      if (!wait_while_paused()) return;
+      continue;
+    }
+    if (!handle(vcpu, exit)) return;
+  }
+}
+
+bool VirtualMachine::handle(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept {
+  if (exit.status() < 0) {
+    fail(vcpu, exit);
+    return false;
+  }
+  switch (exit.reason()) {
+    case KVM_EXIT_IO: handle_io(exit.io()); return true;
+    case KVM_EXIT_MMIO: handle_mmio(exit.mmio()); return true;
+    case KVM_EXIT_SHUTDOWN:
+      restart_or(Ending::Cause::panic, fmt::format("the guest crashed: triple fault on CPU {}", vcpu.id()));
+      return false;
+    case KVM_EXIT_SYSTEM_EVENT: handle_system_event(exit.raw().system_event.type); return false;
+    case KVM_EXIT_IRQ_WINDOW_OPEN:
+    case KVM_EXIT_SET_TPR: other_exits_++; return true;
+    default: fail(vcpu, exit); return false;
+  }
+}
+
+void VirtualMachine::handle_io(const kvm::Exit::Io& io) noexcept {
+  port_exits_++;
+  machine::Bus& bus = machine_->ports();
+  for (uint32_t i = 0; i < io.count; i++) {
+    const auto item = io.data.subspan(size_t{i} * io.size, io.size);
+    if (io.out)
+      bus.write(io.port, io.size, load_bytes(item));
+    else
+      store_bytes(item, bus.read(io.port, io.size));
+  }
+}
+
+void VirtualMachine::handle_mmio(const kvm::Exit::Mmio& mmio) noexcept {
+  memory_exits_++;
+  machine::Bus& bus = machine_->mmio();
+  const auto size = static_cast<unsigned>(mmio.data.size());
+  if (mmio.write)
+    bus.write(mmio.gpa, size, load_bytes(mmio.data));
+  else
+    store_bytes(mmio.data, bus.read(mmio.gpa, size));
+}
+
+void VirtualMachine::handle_system_event(uint32_t type) noexcept {
+  switch (type) {
+    case KVM_SYSTEM_EVENT_SHUTDOWN: post({.ending = {.cause = Ending::Cause::power_off}}); break;
+    case KVM_SYSTEM_EVENT_RESET: restart_or(Ending::Cause::reset); break;
+    default: restart_or(Ending::Cause::panic, "the guest reported a crash"); break;
+  }
+}
+
+void VirtualMachine::fail(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept {
+  post({.ending = {.cause = Ending::Cause::vcpu_failure,
+                   .message = describe_failure(vcpu, exit, machine_->memory(), system_->name())}});
+}
+
+Statistics VirtualMachine::statistics() const noexcept {
+  return {port_exits_, memory_exits_, other_exits_, resets_, seconds_};
+}
+
+}  // namespace lodge::vm

@@ -1,0 +1,99 @@
+// The life of one VM: runs its processors, resets, pauses and ends it. No state is shared between VMs, so
+// several can live in one process.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/clock.hpp"
+#include "kvm/kvm.hpp"
+#include "vm/config.hpp"
+#include "vm/ending.hpp"
+#include "vm/machine.hpp"
+
+namespace lodge::vm {
+
+struct Statistics {
+  uint64_t port_exits = 0, memory_exits = 0, other_exits = 0;
+  unsigned resets = 0;
+  double seconds = 0;  // from run() to its end
+};
+
+class VirtualMachine final : public machine::Power {
+ public:
+  // Builds the machine and loads the kernel. `backends` has a stream for each of config.serial. Throws
+  // UsageError or std::system_error.
+  VirtualMachine(VmConfig config, std::unique_ptr<kvm::System> system, std::unique_ptr<Backends> backends);
+  ~VirtualMachine() override;
+
+  // Runs until the VM ends. Once; from one thread. Throws std::system_error when the host has no threads
+  // left, or refuses to build the machine anew for a reset.
+  Ending run();
+
+  // From any thread, also before run().
+  // False when the guest has no driver that would notice.
+  bool press_power_button() noexcept;
+  void reset() noexcept;
+  void end() noexcept;  // at once, whatever the guest does
+  // The processors stand still; the clocks of the devices go on. Takes effect soon after.
+  void pause() noexcept;
+  void resume() noexcept;
+
+  // How the kernel was entered, for logs.
+  const std::string& protocol() const noexcept { return machine_->protocol(); }
+  Statistics statistics() const noexcept;
+
+  // What chips ask for (machine::Power); the vCPU that asked executes nothing more.
+  void request(machine::PowerRequest request) noexcept override;
+  void exit_with(int status) noexcept override;
+
+ private:
+  struct Event {
+    bool restart = false;
+    Ending ending;
+  };
+
+  void post(Event event) noexcept;
+  void restart_or(Ending::Cause cause, std::string message = {}) noexcept;
+  void start_vcpus();
+  void stop_vcpus() noexcept;
+  void kick_all() noexcept;
+  void run_vcpu(unsigned index) noexcept;
+  bool wait_while_paused() noexcept;
+  // False when the vCPU cannot go on.
+  bool handle(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept;
+  void handle_io(const kvm::Exit::Io& io) noexcept;
+  void handle_mmio(const kvm::Exit::Mmio& mmio) noexcept;
+  void handle_system_event(uint32_t type) noexcept;
+  void fail(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept;
+
+  VmConfig config_;
+  std::unique_ptr<kvm::System> system_;
+  RealClock clock_;
+  std::unique_ptr<Backends> backends_;
+
+  // Lock order: machine_mutex_, a chip's own lock, mutex_ (a chip may call request() with its lock held).
+  std::mutex machine_mutex_;  // held to replace machine_, and to use it from outside the VM's own threads
+  std::unique_ptr<Machine> machine_;  // replaced while no vCPU thread exists
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<Event> event_;  // what run() has to act on
+  bool paused_ = false;
+  std::atomic<bool> stop_ = false;  // vCPU threads look at this after every exit
+  std::vector<std::thread> threads_;
+
+  std::atomic<uint64_t> port_exits_ = 0, memory_exits_ = 0, other_exits_ = 0;
+  unsigned resets_ = 0;
+  double seconds_ = 0;
+};
+
+}  // namespace lodge::vm

@@ -1,0 +1,163 @@
+// Bad input: one clear line that names the option, exit status 2, nothing left behind.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+
+#include "support/process.hpp"
+
+namespace lodge {
+namespace {
+
+using testing::HasSubstr;
+using testing_support::Seconds;
+
+#ifdef LODGE_SOFT
+constexpr const char* accelerator = "soft";
+#else
+constexpr const char* accelerator = "kvm";
+#endif
+
+class BadInput : public testing::Test {
+ protected:
+  BadInput() { std::filesystem::create_directory(dir_); }
+  ~BadInput() override { std::filesystem::remove_all(dir_); }
+
+  std::string file(const std::string& name, const std::string& content) {
+    std::ofstream(dir_ + "/" + name, std::ios::binary) << content;
+    return dir_ + "/" + name;
+  }
+  // What every bad input must do, and `part` in the message.
+  void refused(std::vector<std::string> arguments, const std::string& part) {
+    arguments.insert(arguments.begin(), LODGE_BINARY);
+    const auto before = files();
+    const auto result = testing_support::run(arguments, Seconds(60));
+    EXPECT_EQ(result.status, 2) << result.err;
+    EXPECT_EQ(result.out, "");
+    EXPECT_THAT(result.err, HasSubstr(part));
+    EXPECT_THAT(result.err, testing::StartsWith("lodge: "));
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+    EXPECT_EQ(files(), before);
+  }
+  std::vector<std::string> files() {
+    std::vector<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(dir_)) names.push_back(entry.path());
+    std::ranges::sort(names);
+    return names;
+  }
+  // `lodge run` with a good kernel and what is bad.
+  void run_refused(std::vector<std::string> more, const std::string& part) {
+    std::vector<std::string> arguments = {"run", "--kernel", LODGE_GUEST, "--accel", accelerator};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    refused(arguments, part);
+  }
+
+  std::string dir_ = testing::TempDir() + "lodge-bad-input-" + std::to_string(getpid());
+};
+
+TEST_F(BadInput, NoCommand) {
+  refused({}, "lodge --help");
+}
+TEST_F(BadInput, UnknownCommand) {
+  refused({"fly"}, "fly");
+}
+TEST_F(BadInput, UnknownOption) {
+  run_refused({"--turbo"}, "--turbo");
+}
+TEST_F(BadInput, OptionWithoutItsValue) {
+  run_refused({"--cpus"}, "--cpus");
+}
+TEST_F(BadInput, NoKernel) {
+  refused({"run"}, "--kernel");
+}
+TEST_F(BadInput, MissingKernel) {
+  refused({"run", "--kernel", dir_ + "/none"}, "No such file");
+}
+TEST_F(BadInput, DirectoryAsKernel) {
+  refused({"run", "--kernel", dir_}, "directory");
+}
+TEST_F(BadInput, EmptyKernel) {
+  refused({"run", "--kernel", file("empty", "")}, "--kernel");
+}
+
+TEST_F(BadInput, FileThatIsNoKernel) {
+  refused({"run", "--kernel", file("text", "This is not a kernel.\n"), "--accel", accelerator}, "--kernel");
+  refused({"run", "--kernel", file("zeros", std::string(1 << 20, '\0')), "--accel", accelerator}, "--kernel");
+}
+
+TEST_F(BadInput, TruncatedKernel) {
+  std::ifstream good(LODGE_GUEST, std::ios::binary);
+  const std::string whole((std::istreambuf_iterator<char>(good)), {});
+  ASSERT_GT(whole.size(), 200u);
+  for (const size_t size : {size_t{1}, size_t{40}, size_t{100}}) {
+    refused({"run", "--kernel", file("cut", whole.substr(0, size)), "--accel", accelerator}, "--kernel");
+  }
+}
+
+TEST_F(BadInput, MissingInitrd) {
+  run_refused({"--initrd", dir_ + "/none"}, "--initrd");
+}
+
+TEST_F(BadInput, InitrdLargerThanMemory) {
+  const std::string initrd = file("initrd", "x");
+  std::filesystem::resize_file(initrd, 100 << 20);  // sparse
+  run_refused({"--initrd", initrd, "--memory", "64M"}, "--initrd");
+}
+
+TEST_F(BadInput, CpusOutOfRange) {
+  for (const char* cpus : {"0", "256", "10000", "-1", "two"}) run_refused({"--cpus", cpus}, "--cpus");
+}
+
+TEST_F(BadInput, MemoryThatIsNoSize) {
+  for (const char* size : {"lots", "0", "-5M", "1.5G", "5000K1"}) run_refused({"--memory", size}, "--memory");
+}
+
+TEST_F(BadInput, MemoryAboveTheHosts) {
+  run_refused({"--memory", "1024T"}, "this host's");
+  run_refused({"--memory", "99999999999999999999G"}, "--memory");
+}
+
+TEST_F(BadInput, MemoryBelowWhatAKernelNeeds) {
+  run_refused({"--memory", "1M"}, "--memory");
+}
+
+TEST_F(BadInput, UnknownAccelerator) {
+  refused({"run", "--kernel", LODGE_GUEST, "--accel", "xen"}, "auto, kvm or soft");
+}
+TEST_F(BadInput, UnknownCpu) {
+  run_refused({"--cpu", "pentium"}, "x86-64-v3");
+}
+TEST_F(BadInput, UnknownSerial) {
+  run_refused({"--serial", "tcp:80"}, "stdio, file:PATH, pty or null");
+}
+TEST_F(BadInput, FiveSerialPorts) {
+  run_refused(
+      {"--serial", "null", "--serial", "null", "--serial", "null", "--serial", "null", "--serial", "null"},
+      "--serial");
+}
+TEST_F(BadInput, SerialFileThatCannotBeWritten) {
+  run_refused({"--serial", "file:" + dir_ + "/no/file"}, "--serial");
+}
+TEST_F(BadInput, UnknownDevice) {
+  run_refused({"--device", "warp-drive"}, "warp-drive");
+}
+TEST_F(BadInput, MalformedDevice) {
+  run_refused({"--device", "isa-debug-exit,port"}, "--device");
+}
+TEST_F(BadInput, UnknownDeviceOption) {
+  run_refused({"--device", "isa-debug-exit,color=red"}, "color");
+}
+TEST_F(BadInput, DeviceOnPortsThatAreTaken) {
+  run_refused({"--device", "isa-debug-exit,port=0x3f8"}, "0x3f8");
+}
+TEST_F(BadInput, BadName) {
+  run_refused({"--name", "a b"}, "--name");
+}
+TEST_F(BadInput, UnknownShell) {
+  refused({"completion", "tcsh"}, "bash, zsh or fish");
+}
+
+}  // namespace
+}  // namespace lodge
