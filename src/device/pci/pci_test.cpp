@@ -198,8 +198,8 @@ TEST_F(PciTest, FunctionsOnOneGsiShareTheLine) {
   other.set_intx(true);
   card.set_intx(false);
   EXPECT_TRUE(lines[layout::pci_gsi(3, 1)].level);
-  other.set_intx(false);
-  EXPECT_FALSE(lines[layout::pci_gsi(3, 1)].level);
+  root.remove(4, 0);
+  EXPECT_FALSE(lines[layout::pci_gsi(3, 1)].level) << "a function that leaves lets go of its line";
 }
 
 TEST_F(PciTest, CapabilitiesAreListedAndGuarded) {
@@ -219,6 +219,8 @@ TEST_F(PciTest, ASecondFunctionMarksTheSlotAsMultifunction) {
   root.add(3, 1, second);
   EXPECT_EQ(get(3, HEADER_TYPE, 1), 0x80u);
   EXPECT_EQ(get(3, 0, 4, 1), 0x5678'1234u);
+  root.remove(3, 1);
+  EXPECT_EQ(get(3, 0, 4, 1), 0xffff'ffffu);
 }
 
 TEST_F(PciTest, ATakenSlotIsRefusedAndTheNextFreeOneFound) {

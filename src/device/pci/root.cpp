@@ -51,6 +51,15 @@ void Root::add(unsigned slot, unsigned function, Function& device) {
       if (table_[slot * functions + i]) device.set_multifunction();
 }
 
+void Root::remove(unsigned slot, unsigned function) noexcept {
+  if (Function* device = std::exchange(table_[slot * functions + function], nullptr)) device->detach();
+}
+
+Root::~Root() {
+  for (Function* function : table_)
+    if (function) function->detach();
+}
+
 unsigned Root::free_slot() const {
   for (unsigned slot = 1; slot < slots; slot++)
     if (!table_[slot * functions]) return slot;

@@ -40,9 +40,15 @@ class Root final : public Savable {
   // layout::ecam_size bytes at layout::ecam_base.
   machine::RegisterWindow& ecam_window() noexcept { return ecam_window_; }
 
-  // Plugs a function in, before any vCPU runs; it must outlive the root. Throws UsageError when the place is
-  // taken.
+  Root(const Root&) = delete;
+  Root& operator=(const Root&) = delete;
+  ~Root() override;
+
+  // Plugs a function in, before any vCPU runs; it outlives the root or is removed before it dies. Throws
+  // UsageError when the place is taken.
   void add(unsigned slot, unsigned function, Function& device);
+  // While no vCPU runs.
+  void remove(unsigned slot, unsigned function) noexcept;
   // The first slot from 1 on without a function. Throws UsageError when the bus is full.
   unsigned free_slot() const;
 
