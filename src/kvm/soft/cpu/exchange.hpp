@@ -1,0 +1,40 @@
+// The processor's state in the types of <linux/kvm.h>, as the contract exchanges it.
+//
+// Setters return 0, or EINVAL for what KVM refuses; the state is unchanged then. Call them while the vCPU
+// does not run. What lies outside Cpu (the LAPIC, the interrupt waiting for injection, the MP state) is
+// SoftVcpu's.
+#pragma once
+
+#include <linux/kvm.h>
+
+#include <span>
+
+#include "kvm/soft/cpu/cpu.hpp"
+
+namespace lodge::kvm::soft {
+
+kvm_regs get_regs(const Cpu& cpu) noexcept;
+void set_regs(Cpu& cpu, const kvm_regs& regs) noexcept;
+
+// interrupt_bitmap is left 0 and not looked at. CR8 and APIC_BASE go through the platform.
+kvm_sregs get_sregs(Cpu& cpu) noexcept;
+int set_sregs(Cpu& cpu, const kvm_sregs& sregs) noexcept;
+kvm_sregs2 get_sregs2(Cpu& cpu) noexcept;
+int set_sregs2(Cpu& cpu, const kvm_sregs2& sregs) noexcept;
+
+kvm_debugregs get_debugregs(const Cpu& cpu) noexcept;
+int set_debugregs(Cpu& cpu, const kvm_debugregs& regs) noexcept;
+
+kvm_xcrs get_xcrs(const Cpu& cpu) noexcept;
+int set_xcrs(Cpu& cpu, const kvm_xcrs& xcrs) noexcept;
+
+// How many were read or written before the first that is refused.
+unsigned get_msrs(Cpu& cpu, std::span<kvm_msr_entry> entries) noexcept;
+unsigned set_msrs(Cpu& cpu, std::span<const kvm_msr_entry> entries) noexcept;
+
+// The fields that Cpu knows: exception, shadow of interrupts, NMI pending and masked. `interrupt.injected`
+// and `sipi_vector` are SoftVcpu's.
+kvm_vcpu_events get_events(const Cpu& cpu) noexcept;
+int set_events(Cpu& cpu, const kvm_vcpu_events& events) noexcept;
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,106 @@
+#include "kvm/soft/cpu/kvmclock.hpp"
+
+#include <atomic>
+#include <cstring>
+
+#include "kvm/soft/cpu/platform.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+constexpr uint64_t enabled = 1;
+constexpr uint8_t flag_tsc_stable = 1;
+
+struct TimeInfo {
+  uint32_t version;
+  uint32_t pad0;
+  uint64_t tsc_timestamp;
+  uint64_t system_time;
+  uint32_t tsc_to_system_mul;
+  int8_t tsc_shift;
+  uint8_t flags;
+  uint8_t pad[2];
+};
+static_assert(sizeof(TimeInfo) == 32);
+
+struct WallClock {
+  uint32_t version;
+  uint32_t sec;
+  uint32_t nsec;
+};
+static_assert(sizeof(WallClock) == 12);
+
+// An odd version tells readers to try again.
+uint32_t begin_version(Cpu& cpu, uint64_t gpa) noexcept {
+  uint32_t version = 0;
+  if (!cpu.read_physical(gpa, &version, sizeof version)) return 0;
+  version = (version | 1) + ((version & 1) != 0 ? 2 : 0);
+  cpu.write_physical(gpa, &version, sizeof version);
+  std::atomic_thread_fence(std::memory_order_release);
+  return version;
+}
+
+// TSC and nanoseconds of one moment: this thread may be preempted between the two readings, so the closest
+// of a few pairs counts.
+void sample_clock(Cpu& cpu, TimeInfo& info) noexcept {
+  uint64_t best = ~uint64_t{0};
+  for (unsigned attempt = 0; attempt < 4; ++attempt) {
+    const uint64_t before = cpu.platform().tsc();
+    const uint64_t now = cpu.platform().kvmclock_ns();
+    const uint64_t width = cpu.platform().tsc() - before;
+    if (width >= best) continue;
+    best = width;
+    info.tsc_timestamp = before + width / 2;
+    info.system_time = now;
+  }
+}
+
+}  // namespace
+
+ClockScale clock_scale(uint32_t tsc_khz) noexcept {
+  if (tsc_khz == 0) return {};
+  // mul / 2^32 * 2^shift = 10^6 / khz, with mul in [2^31, 2^32) for the most precision.
+  ClockScale out;
+  uint64_t ticks = tsc_khz, ns = 1'000'000;
+  while (ns >= ticks) {
+    ticks <<= 1;
+    ++out.shift;
+  }
+  while (ns * 2 < ticks) {
+    ns <<= 1;
+    --out.shift;
+  }
+  out.mul = static_cast<uint32_t>((ns << 32) / ticks);
+  return out;
+}
+
+void update_kvmclock(Cpu& cpu) noexcept {
+  const uint64_t msr = cpu.msr.kvm_system_time;
+  if ((msr & enabled) == 0) return;
+  const uint64_t gpa = msr & ~enabled;
+  const ClockScale scale = clock_scale(cpu.platform().tsc_khz());
+  TimeInfo info{};
+  info.version = begin_version(cpu, gpa);
+  sample_clock(cpu, info);
+  info.tsc_to_system_mul = scale.mul;
+  info.tsc_shift = scale.shift;
+  info.flags = flag_tsc_stable;
+  cpu.write_physical(gpa, &info, sizeof info);
+  std::atomic_thread_fence(std::memory_order_release);
+  ++info.version;
+  cpu.write_physical(gpa, &info.version, sizeof info.version);
+}
+
+void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept {
+  const uint64_t boot = cpu.platform().wall_ns() - cpu.platform().kvmclock_ns();
+  WallClock clock{};
+  clock.version = begin_version(cpu, gpa);
+  clock.sec = static_cast<uint32_t>(boot / 1'000'000'000);
+  clock.nsec = static_cast<uint32_t>(boot % 1'000'000'000);
+  cpu.write_physical(gpa, &clock, sizeof clock);
+  std::atomic_thread_fence(std::memory_order_release);
+  ++clock.version;
+  cpu.write_physical(gpa, &clock.version, sizeof clock.version);
+}
+
+}  // namespace lodge::kvm::soft
