@@ -184,7 +184,6 @@ void add_extended(Builder& builder, bool amd) {
   ext1.ecx = (host1.ecx & offer::ext1_ecx_native) | offer::ext1_ecx_always;
   ext1.edx = (host1.edx & offer::ext1_edx_native) | offer::ext1_edx_always;
   if (amd) {
-    ext1.ecx |= cpuid_ext_ecx::cr8_legacy;
     ext1.edx |= ((leaf1.edx & offer::leaf1_edx_native) | offer::leaf1_edx_always) & offer::ext1_edx_mirror;
   }
   builder.add(0x8000'0001, ext1);

@@ -328,6 +328,8 @@ Delivery deliver_exception(Cpu& cpu) noexcept {
       cpu.pending = exception;
       return Delivery::vmm;
     }
+    // A fault that meets a breakpoint's delivery is the INT3's own.
+    if (exception.vector == Exception::bp) cpu.rip = cpu.truncate_rip(return_rip - 1);
     if (exception.vector == Exception::df) {
       cpu.pending.valid = false;
       return Delivery::shutdown;

@@ -302,10 +302,16 @@ struct Frame {
 
 constexpr uint64_t flags16 = 0xffff;
 
+// RF only matters to instruction breakpoints, and nothing clears it for the next instruction while there are
+// none.
+uint64_t restorable(const Cpu& cpu) noexcept {
+  return cpu.code_breakpoints ? flag::rf | flag::ac | flag::id : flag::ac | flag::id;
+}
+
 // The flags that IRET may change at this privilege, the others as they are.
 uint64_t merge_flags(const Cpu& cpu, uint64_t popped, unsigned size) noexcept {
   uint64_t mask = flag::arithmetic | flag::tf | flag::df | flag::nt;
-  if (size > 2) mask |= flag::rf | flag::ac | flag::id;
+  if (size > 2) mask |= restorable(cpu);
   if (cpu.cpl() <= (cpu.system_flags >> 12 & 3)) mask |= flag::if_;
   if (cpu.cpl() == 0) {
     mask |= flag::iopl;
@@ -319,7 +325,8 @@ bool iret_real(Cpu& cpu, const Frame& frame, unsigned size) noexcept {
   if (!real_transfer(cpu, static_cast<uint16_t>(frame.cs), frame.rip)) return false;
   cpu.set_stack_pointer(cpu.gpr[rsp] + 3 * size);
   const uint64_t mask = size == 2 ? flags16 & flag::valid : flag::valid & ~kept;
-  cpu.set_rflags((cpu.rflags() & ~mask) | (frame.flags & mask) | flag::fixed);
+  const uint64_t dropped = cpu.code_breakpoints ? 0 : flag::rf;
+  cpu.set_rflags((cpu.rflags() & ~mask) | (frame.flags & mask & ~dropped) | flag::fixed);
   return true;
 }
 
@@ -327,7 +334,7 @@ bool iret_v86(Cpu& cpu, const Frame& frame, unsigned size) noexcept {
   const bool iopl3 = (cpu.system_flags & flag::iopl) == flag::iopl;
   if (!iopl3 && ((cpu.cr4 & cr4::vme) == 0 || size != 2)) return cpu.raise(Exception::gp, 0);
   uint64_t mask = flag::arithmetic | flag::tf | flag::df | flag::nt;
-  if (size > 2) mask |= flag::rf | flag::ac | flag::id;
+  if (size > 2) mask |= restorable(cpu);
   uint64_t flags = cpu.rflags();
   if (iopl3) {
     mask |= flag::if_;
@@ -356,7 +363,8 @@ bool iret_to_v86(Cpu& cpu, const Frame& frame) noexcept {
   cpu.segment[seg_cs] = v86_segment(static_cast<uint16_t>(frame.cs));
   cpu.gpr[rsp] = word[0];
   cpu.rip = frame.rip & 0xffff;
-  cpu.set_rflags((frame.flags & flag::valid) | flag::fixed);
+  const uint64_t dropped = cpu.code_breakpoints ? 0 : flag::rf;
+  cpu.set_rflags((frame.flags & flag::valid & ~dropped) | flag::fixed);
   cpu.set_cpl(3);
   return true;
 }

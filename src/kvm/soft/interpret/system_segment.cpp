@@ -126,9 +126,10 @@ Step int_n(Cpu& cpu, const Op& op) noexcept {
       software_interrupt(cpu, static_cast<uint8_t>(op.imm), EventKind::instruction, cpu.next_rip(op)));
 }
 
+// Left pending, so that a debugger outside the guest can take it first (KVM_GUESTDBG_USE_SW_BP).
 Step int3(Cpu& cpu, const Op& op) noexcept {
-  return branch_if(
-      software_interrupt(cpu, static_cast<uint8_t>(Exception::bp), EventKind::trap, cpu.next_rip(op)));
+  cpu.raise(Exception::bp);
+  return end_block(cpu, op);
 }
 
 Step int1(Cpu& cpu, const Op& op) noexcept {
