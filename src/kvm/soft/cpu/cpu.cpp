@@ -1,5 +1,6 @@
 #include "kvm/soft/cpu/cpu.hpp"
 
+#include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/interpret/op.hpp"
 
 namespace lodge::kvm::soft {
@@ -105,6 +106,8 @@ bool Cpu::canonical(uint64_t linear) const noexcept {
   const unsigned shift = (cr4 & cr4::la57) != 0 ? 64 - 57 : 64 - 48;
   return static_cast<uint64_t>(static_cast<int64_t>(linear << shift) >> shift) == linear;
 }
+
+std::mutex& Cpu::platform_split_lock() noexcept { return platform_.split_lock(); }
 
 uint64_t Cpu::effective_address(const Op& op) const noexcept {
   const uint64_t sum = gpr[op.base] + (gpr[op.index] << op.scale) + static_cast<uint64_t>(int64_t{op.disp});

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 
 #include "kvm/soft/cpu/features.hpp"
 #include "kvm/soft/cpu/state.hpp"
@@ -196,6 +197,10 @@ class Cpu : public CpuState {
   bool halted = false;            // HLT or MWAIT: the run loop waits for an interrupt
   bool wants_exit = false;  // Step::fault means "the VMM must act": the exit is filled in, nothing is pending
 
+  bool leave_run = false;         // Step::exit was returned
+  // True when an access failed: an exception, the VMM or a run alone is wanted.
+  bool interrupted_access() const noexcept { return pending.valid || wants_exit || run_alone; }
+
   // --- identity
   // ----------------------------------------------------------------------------------------------------
   unsigned id() const noexcept { return id_; }
@@ -247,6 +252,11 @@ class Cpu : public CpuState {
   // (page crossing, MMIO: then `pending`, `wants_exit` and `run_alone` are unset and the caller does it in
   // two steps) or when the access failed (one of them is set).
   uint8_t* host_for_write(uint64_t linear, unsigned size) noexcept;
+  // RIP after a near branch of this operand size (2 bytes: 16 bits of it).
+  uint64_t truncate_branch(uint64_t value, unsigned operand_size) const noexcept {
+    return operand_size == 2 ? static_cast<uint16_t>(value) : mode_ == Mode::bits64 ? value : static_cast<uint32_t>(value);
+  }
+  std::mutex& platform_split_lock() noexcept;  // see integer.hpp, modify_at
   uint64_t truncate_rip(uint64_t value) const noexcept {
     return mode_ == Mode::bits64   ? value
            : mode_ == Mode::bits32 ? static_cast<uint32_t>(value)

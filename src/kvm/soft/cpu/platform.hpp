@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 
 namespace lodge::kvm::soft {
 
@@ -35,6 +36,11 @@ class Platform {
   // cpu's wants_exit set; when the VMM has answered, the instruction runs again from its beginning and gets
   // the answers in the same order.
   virtual bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept = 0;
+  // Port I/O, `count` items of `size` (1, 2 or 4) bytes, at most 1024 bytes in all; permission is checked already. As
+  // mmio(): answered, or false and the instruction runs again when the VMM has answered.
+  virtual bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept = 0;
+  // Held around locked accesses that are not one host instruction; one for the whole VM.
+  virtual std::mutex& split_lock() noexcept = 0;
   // VMCALL/VMMCALL. The result for RAX (negative KVM_E* error numbers).
   virtual uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept = 0;
 };

@@ -15,7 +15,7 @@ using Handler = void (*)(Cpu& cpu, const Op* op) noexcept;
 using Complex = Step (*)(Cpu& cpu, const Op& op) noexcept;
 
 struct Op {
-  static constexpr uint8_t lock = 1, rep = 2, repne = 4, has_memory = 8;
+  static constexpr uint8_t lock = 1, rep = 2, repne = 4, has_memory = 8, count_in_cl = 0x10;
 
   Handler handler = nullptr;
   Complex complex = nullptr;
@@ -23,7 +23,7 @@ struct Op {
     uint64_t imm = 0;  // immediate, sign-extended; branch target; absolute address of moffs
     const void* aux;   // a handler's own compiled form (vector stubs); owned by its family
   };
-  int32_t disp = 0;     // of the memory operand; RIP-relative ones: from the block's start
+  int64_t disp = 0;     // of the memory operand; RIP-relative ones: from the block's start
   uint16_t offset = 0;  // of the instruction in its block, bytes
   uint8_t length = 0;   // bytes
   uint8_t size = 0;     // operand size, bytes
@@ -34,6 +34,7 @@ struct Op {
   uint8_t segment = seg_none;                 // seg_none: flat, neither base nor check
   uint8_t address_size = 8;                   // 2, 4 or 8
   uint8_t flags = 0;
+  uint8_t flat_segment = seg_none;  // whose base a flat 64-bit access adds: seg_fs, seg_gs or seg_none
 };
 
 struct DecodeContext {

@@ -48,8 +48,8 @@ uint8_t* Cpu::resolve(uint64_t linear, Access access, unsigned view, uint64_t& g
   }
   const unsigned i = TlbSet::index(linear);
   const uint64_t host = reinterpret_cast<uint64_t>(slot->host) + (gpa - slot->gpa);
-  if (entry.linear != page || entry.host != host - linear) set.clear(i);
-  entry.linear = page;
+  if (set.page[i] != page || entry.host != host - linear) set.clear(i);
+  set.page[i] = page;
   entry.host = host - linear;
   if (access == Access::fetch) {
     entry.fetch = page;

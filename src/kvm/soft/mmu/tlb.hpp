@@ -18,7 +18,6 @@ struct TlbEntry {
       0;  // empty for read-only, clean-and-logged, and code pages: their writes take the slow path
   uint64_t fetch = 0;
   uint64_t host = 0;    // host address = linear + host
-  uint64_t linear = 0;  // of the page, when any tag is set
 };
 
 struct TlbSet {
@@ -56,6 +55,7 @@ struct TlbSet {
   }
 
   std::array<TlbEntry, entries> entry;
+  std::array<uint64_t, entries> page{};  // linear address of a valid entry
   std::array<uint64_t, entries / 64> valid{};
   std::array<uint64_t, entries / 64> global{};  // kept by a flush that keeps global pages
   std::array<uint64_t, entries / 64> large{};   // part of a 2 MiB, 4 MiB or 1 GiB page

@@ -235,7 +235,7 @@ void Cpu::flush_page(uint64_t linear) noexcept {
     for (unsigned word = 0; word < set.large.size(); ++word)
       for (uint64_t left = set.large[word]; left != 0; left &= left - 1) {
         const unsigned i = word * 64 + static_cast<unsigned>(__builtin_ctzll(left));
-        if ((set.entry[i].linear ^ linear) >> 30 == 0) set.clear(i);
+        if ((set.page[i] ^ linear) >> 30 == 0) set.clear(i);
       }
   }
   ++flushes;

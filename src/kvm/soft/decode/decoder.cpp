@@ -1,0 +1,146 @@
+#include "kvm/soft/decode/decoder.hpp"
+
+#include "kvm/soft/interpret/gate.hpp"
+#include "kvm/soft/interpret/hot.hpp"
+#include "kvm/soft/interpret/integer.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+void end_handler(Cpu& cpu, const Op* op) noexcept { cpu.rip = cpu.this_rip(*op); }
+
+unsigned machine_mode(const Cpu& cpu) noexcept {
+  switch (cpu.mode()) {
+    case Mode::bits64: return 0;
+    case Mode::bits32: return cpu.long_mode() ? 1 : 2;
+    default: return cpu.protected_mode() && !cpu.v86() ? 3 : 4;
+  }
+}
+
+void fill_memory(const DecodeContext& context, const ZydisDecodedOperand& operand, Op& op) noexcept {
+  const auto number = [](ZydisRegister reg) -> uint8_t {
+    if (reg == ZYDIS_REGISTER_NONE) return gpr_zero;
+    if (reg == ZYDIS_REGISTER_RIP || reg == ZYDIS_REGISTER_EIP) return gpr_rip;
+    switch (ZydisRegisterGetClass(reg)) {
+      case ZYDIS_REGCLASS_GPR16:
+      case ZYDIS_REGCLASS_GPR32:
+      case ZYDIS_REGCLASS_GPR64: return static_cast<uint8_t>(ZydisRegisterGetId(reg));
+      default: return gpr_zero;  // a vector index (VSIB): its family looks at the operand itself
+    }
+  };
+  op.flags |= Op::has_memory;
+  op.base = number(operand.mem.base);
+  op.index = number(operand.mem.index);
+  op.scale = operand.mem.scale <= 1 ? 0 : static_cast<uint8_t>(__builtin_ctz(operand.mem.scale));
+  op.disp = operand.mem.disp.value;
+  if (op.base == gpr_rip) op.disp += op.offset + op.length;
+  op.address_size = context.insn.address_width / 8;
+  op.segment = operand.mem.segment == ZYDIS_REGISTER_NONE
+                   ? uint8_t{seg_ds}
+                   : static_cast<uint8_t>(ZydisRegisterGetId(operand.mem.segment));
+  op.flat_segment = context.cpu.mode() == Mode::bits64 && op.segment >= seg_fs ? op.segment : uint8_t{seg_none};
+}
+
+void fill_common(const DecodeContext& context, Op& op) noexcept {
+  const ZydisDecodedInstruction& insn = context.insn;
+  op.length = insn.length;
+  op.size = insn.operand_width / 8;
+  op.address_size = insn.address_width / 8;
+  if ((insn.attributes & ZYDIS_ATTRIB_HAS_LOCK) != 0) op.flags |= Op::lock;
+  if ((insn.attributes & (ZYDIS_ATTRIB_HAS_REP | ZYDIS_ATTRIB_HAS_REPE)) != 0) op.flags |= Op::rep;
+  if ((insn.attributes & ZYDIS_ATTRIB_HAS_REPNE) != 0) op.flags |= Op::repne;
+  for (unsigned i = 0; i < insn.operand_count; ++i) {
+    const ZydisDecodedOperand& operand = context.operands[i];
+    if (operand.type != ZYDIS_OPERAND_TYPE_MEMORY || operand.visibility != ZYDIS_OPERAND_VISIBILITY_EXPLICIT) continue;
+    fill_memory(context, operand, op);
+    break;
+  }
+}
+
+bool ends_block(const ZydisDecodedInstruction& insn) noexcept {
+  switch (insn.meta.category) {
+    case ZYDIS_CATEGORY_CALL:
+    case ZYDIS_CATEGORY_RET:
+    case ZYDIS_CATEGORY_COND_BR:
+    case ZYDIS_CATEGORY_UNCOND_BR:
+    case ZYDIS_CATEGORY_INTERRUPT:
+    case ZYDIS_CATEGORY_SYSCALL:
+    case ZYDIS_CATEGORY_SYSRET: return true;
+    default: return false;
+  }
+}
+
+}  // namespace
+
+uint8_t gpr_offset(ZydisRegister reg) noexcept {
+  if (reg >= ZYDIS_REGISTER_AH && reg <= ZYDIS_REGISTER_BH) return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AH) * 8 + 1);
+  if (reg >= ZYDIS_REGISTER_AL && reg <= ZYDIS_REGISTER_BL) return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AL) * 8);
+  if (reg >= ZYDIS_REGISTER_SPL && reg <= ZYDIS_REGISTER_R15B)
+    return static_cast<uint8_t>((reg - ZYDIS_REGISTER_SPL + 4) * 8);
+  return static_cast<uint8_t>(ZydisRegisterGetId(reg) * 8);
+}
+
+uint32_t decode_key(const Cpu& cpu) noexcept {
+  // 64-bit: 0. Others: mode, flatness, and whether VEX exists (protected mode outside v86).
+  const unsigned mode = machine_mode(cpu);
+  return mode | (cpu.flat ? 8u : 0u) | (cpu.cpl() == 3 ? 16u : 0u);
+}
+
+void Decoder::configure(const Features& features) noexcept {
+  constexpr ZydisMachineMode modes[] = {ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_MACHINE_MODE_LONG_COMPAT_32,
+                                        ZYDIS_MACHINE_MODE_LEGACY_32, ZYDIS_MACHINE_MODE_LEGACY_16,
+                                        ZYDIS_MACHINE_MODE_REAL_16};
+  constexpr ZydisStackWidth widths[] = {ZYDIS_STACK_WIDTH_64, ZYDIS_STACK_WIDTH_32, ZYDIS_STACK_WIDTH_32,
+                                        ZYDIS_STACK_WIDTH_16, ZYDIS_STACK_WIDTH_16};
+  for (unsigned i = 0; i < 5; ++i) {
+    ZydisDecoder& d = decoders_[i];
+    ZydisDecoderInit(&d, modes[i], widths[i]);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_AMD_BRANCHES, features.amd_like);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_LZCNT, (features.ext1_ecx & 1u << 5) != 0);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_TZCNT, (features.leaf7_ebx & 1u << 3) != 0);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_WBNOINVD, (features.ext8_ebx & 1u << 9) != 0);
+    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CLDEMOTE, (features.leaf7_ecx & 1u << 25) != 0);
+  }
+}
+
+Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* bytes, unsigned available,
+                                Op& op) noexcept {
+  ZydisDecodedInstruction insn;
+  ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
+  const ZyanStatus status =
+      ZydisDecoderDecodeFull(&decoders_[machine_mode(cpu)], bytes, available > 15 ? 15 : available, &insn, operands);
+  op.handler = run_complex;
+  if (status == ZYDIS_STATUS_NO_MORE_DATA && available < 15) return Result::more;
+  if (status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || status == ZYDIS_STATUS_NO_MORE_DATA) {
+    op.complex = [](Cpu& c, const Op&) noexcept { return c.raise(Exception::gp, 0), Step::fault; };
+    op.length = 1;
+    return Result::undefined;
+  }
+  if (!ZYAN_SUCCESS(status)) {
+    op.complex = undefined_opcode;
+    op.length = 1;
+    return Result::undefined;
+  }
+  const DecodeContext context{cpu, block_rip + op.offset, bytes, insn, operands};
+  fill_common(context, op);
+  if (!allowed_by_cpuid(cpu.features, insn)) {
+    op.complex = undefined_opcode;
+    return Result::undefined;
+  }
+  if (decode_integer(context, op)) return ends_block(insn) ? Result::last : Result::ok;
+  if (decode_system(context, op)) return Result::last;
+  if (decode_vector(context, op)) return Result::ok;
+  op.complex = undefined_opcode;
+  return Result::undefined;
+}
+
+Op Decoder::end_of_block(unsigned offset) noexcept {
+  Op op;
+  op.handler = end_handler;
+  op.offset = static_cast<uint16_t>(offset);
+  return op;
+}
+
+}  // namespace lodge::kvm::soft
