@@ -263,7 +263,8 @@ class Cpu : public CpuState {
                                    : static_cast<uint16_t>(value);
   }
 
- protected:
+ private:
+  friend class SoftVcpu;
   enum class Access : uint8_t { read, write, fetch };
   // Privilege views: 0 user, 1 supervisor under SMAP, 2 supervisor.
   unsigned view() const noexcept;

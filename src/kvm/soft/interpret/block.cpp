@@ -5,7 +5,7 @@ namespace lodge::kvm::soft {
 Block* BlockCache::insert(std::unique_ptr<Block> block) {
   if (ops_ + block->ops.size() > max_ops) clear();
   ops_ += block->ops.size();
-  std::unique_ptr<Block>& place = blocks_[block->gpa << 8 ^ block->key];
+  std::unique_ptr<Block>& place = blocks_[block->host << 8 ^ block->key];
   if (place) ops_ -= place->ops.size();
   place = std::move(block);
   return place.get();

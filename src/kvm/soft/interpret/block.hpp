@@ -12,15 +12,15 @@
 namespace lodge::kvm::soft {
 
 struct Block {
-  uint64_t gpa = 0;  // of the first byte
-  uint32_t key = 0;  // of the modes that decoding depends on (BlockCache::key)
-  uint32_t bytes = 0;
+  uint64_t host = 0;  // host address of the first byte: two mappings of one page share their blocks
+  uint32_t key = 0;   // the modes that decoding depends on (decode_key())
+  uint32_t instructions = 0;
   // The code words (Slot::code) of the page or pages that it was decoded from, and their values then.
   std::atomic<uint32_t>* word[2] = {nullptr, nullptr};
   uint32_t word_value[2] = {0, 0};
   uint64_t host_page[2] = {0, 0};  // host addresses of these pages; second 0: none
-  uint64_t second_gpa = 0;         // where the next linear page was mapped
-  std::vector<Op> ops;             // the last one ends the block
+  uint32_t bytes = 0;
+  std::vector<Op> ops;  // the last one ends the block
 
   bool fresh() const noexcept {
     return word[0]->load(std::memory_order_acquire) == word_value[0] &&
@@ -28,14 +28,14 @@ struct Block {
   }
 };
 
-// Decoded blocks of one vCPU, by guest-physical address and mode. Only its thread touches it.
+// Decoded blocks of one vCPU, by place and mode. Only its thread touches it.
 class BlockCache {
  public:
   // The budget for decoded instructions; reaching it empties the cache. 64 MiB of ops.
   static constexpr size_t max_ops = (size_t{64} << 20) / sizeof(Op);
 
-  Block* find(uint64_t gpa, uint32_t key) noexcept {
-    const auto it = blocks_.find(gpa << 8 ^ key);
+  Block* find(uint64_t host, uint32_t key) noexcept {
+    const auto it = blocks_.find(host << 8 ^ key);
     return it == blocks_.end() ? nullptr : it->second.get();
   }
   Block* insert(std::unique_ptr<Block> block);

@@ -1,0 +1,143 @@
+#include "kvm/soft/soft.hpp"
+
+#include <cpuid.h>
+#include <time.h>
+
+#include <algorithm>
+
+#include "kvm/soft/cpu/cpuid.hpp"
+#include "kvm/soft/cpu/msr.hpp"
+#include "kvm/soft/vcpu.hpp"
+#include "kvm/soft/vm.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+uint64_t raw_ns() noexcept {
+  timespec now{};
+  ::clock_gettime(CLOCK_MONOTONIC_RAW, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+}
+
+// The host's TSC frequency: from the hypervisor (leaf 0x40000010), from the processor (0x15), else measured.
+uint32_t host_tsc_khz() {
+  uint32_t a = 0;
+  uint32_t b = 0;
+  uint32_t c = 0;
+  uint32_t d = 0;
+  __cpuid(1, a, b, c, d);
+  if ((c & 1u << 31) != 0) {
+    __cpuid(0x40000000, a, b, c, d);
+    if (a >= 0x40000010) {
+      __cpuid(0x40000010, a, b, c, d);
+      if (a != 0) return a;
+    }
+  }
+  if (__get_cpuid_max(0, nullptr) >= 0x15) {
+    __cpuid(0x15, a, b, c, d);
+    if (a != 0 && b != 0 && c != 0) return static_cast<uint32_t>(uint64_t{c} * b / a / 1000);
+  }
+  // The best of several short measurements: the one whose ends were read with the least delay.
+  uint64_t best_error = UINT64_MAX;
+  uint32_t khz = 0;
+  for (int round = 0; round < 5; ++round) {
+    const uint64_t t0 = raw_ns();
+    const uint64_t c0 = __builtin_ia32_rdtsc();
+    const uint64_t t1 = raw_ns();
+    const timespec pause{.tv_sec = 0, .tv_nsec = 4'000'000};
+    ::nanosleep(&pause, nullptr);
+    const uint64_t t2 = raw_ns();
+    const uint64_t c1 = __builtin_ia32_rdtsc();
+    const uint64_t t3 = raw_ns();
+    const uint64_t error = (t1 - t0) + (t3 - t2);
+    if (error >= best_error) continue;
+    best_error = error;
+    khz = static_cast<uint32_t>((c1 - c0) * 1'000'000 / ((t2 + t3) / 2 - (t0 + t1) / 2));
+  }
+  return khz;
+}
+
+class SoftSystem final : public System {
+ public:
+  SoftSystem() : tsc_khz_(host_tsc_khz()) {}
+
+  std::string_view name() const noexcept override { return "soft"; }
+  int check_extension(uint32_t capability) const noexcept override { return soft_extension(capability); }
+  std::vector<kvm_cpuid_entry2> supported_cpuid() const override { return host_cpuid(tsc_khz_); }
+  std::vector<uint32_t> msr_index_list() const override {
+    const auto list = kvm::soft::msr_index_list();
+    return {list.begin(), list.end()};
+  }
+  std::vector<uint32_t> msr_feature_index_list() const override {
+    const auto list = kvm::soft::msr_feature_index_list();
+    return {list.begin(), list.end()};
+  }
+  unsigned feature_msrs(std::span<kvm_msr_entry> entries) const override {
+    unsigned done = 0;
+    for (kvm_msr_entry& entry : entries) {
+      uint64_t value = 0;
+      if (!read_feature_msr(entry.index, value)) break;
+      entry.data = value;
+      ++done;
+    }
+    return done;
+  }
+  std::unique_ptr<Vm> create_vm() override { return std::make_unique<SoftVm>(tsc_khz_); }
+
+ private:
+  uint32_t tsc_khz_;
+};
+
+}  // namespace
+
+int soft_extension(uint32_t capability) noexcept {
+  switch (capability) {
+    case KVM_CAP_IRQCHIP:
+    case KVM_CAP_HLT:
+    case KVM_CAP_USER_MEMORY:
+    case KVM_CAP_SET_TSS_ADDR:
+    case KVM_CAP_EXT_CPUID:
+    case KVM_CAP_MP_STATE:
+    case KVM_CAP_SYNC_MMU:
+    case KVM_CAP_PIT:
+    case KVM_CAP_NOP_IO_DELAY:
+    case KVM_CAP_DESTROY_MEMORY_REGION_WORKS:
+    case KVM_CAP_USER_NMI:
+    case KVM_CAP_SET_GUEST_DEBUG:
+    case KVM_CAP_REINJECT_CONTROL:
+    case KVM_CAP_IRQ_ROUTING:
+    case KVM_CAP_IRQ_INJECT_STATUS:
+    case KVM_CAP_JOIN_MEMORY_REGIONS_WORKS:
+    case KVM_CAP_IRQFD:
+    case KVM_CAP_IRQFD_RESAMPLE:
+    case KVM_CAP_PIT2:
+    case KVM_CAP_PIT_STATE2:
+    case KVM_CAP_IOEVENTFD:
+    case KVM_CAP_IOEVENTFD_ANY_LENGTH:
+    case KVM_CAP_SET_IDENTITY_MAP_ADDR:
+    case KVM_CAP_ADJUST_CLOCK:
+    case KVM_CAP_VCPU_EVENTS:
+    case KVM_CAP_DEBUGREGS:
+    case KVM_CAP_XSAVE:
+    case KVM_CAP_XCRS:
+    case KVM_CAP_GET_TSC_KHZ:
+    case KVM_CAP_TSC_CONTROL:
+    case KVM_CAP_TSC_DEADLINE_TIMER:
+    case KVM_CAP_READONLY_MEM:
+    case KVM_CAP_SIGNAL_MSI:
+    case KVM_CAP_SPLIT_IRQCHIP:
+    case KVM_CAP_IMMEDIATE_EXIT:
+    case KVM_CAP_SREGS2: return 1;
+    case KVM_CAP_X2APIC_API: return KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
+    case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: return KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+    case KVM_CAP_NR_VCPUS:
+    case KVM_CAP_MAX_VCPUS:
+    case KVM_CAP_MAX_VCPU_ID: return Irqchip::max_vcpus;
+    case KVM_CAP_NR_MEMSLOTS: return 32764;
+    default: return 0;
+  }
+}
+
+std::unique_ptr<System> open() { return std::make_unique<SoftSystem>(); }
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,401 @@
+// The run loop: blocks until something asks for attention - a request of another thread, an exception, an access for
+// the VMM - then one instruction at a time while that is needed.
+#include "kvm/soft/vcpu.hpp"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "kvm/soft/cpu/kvmclock.hpp"
+#include "kvm/soft/irqchip/lapic.hpp"
+#include "kvm/soft/vm.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+constexpr size_t run_size = 3 * page_size;  // kvm_run, port data, (unused) coalesced ring
+constexpr uint32_t internal_delivery_event = 3;
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t value) noexcept {
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
+}
+void futex_wake(std::atomic<uint32_t>& word) noexcept {
+  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+}
+
+}  // namespace
+
+SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
+    : vm_(vm),
+      id_(id),
+      port_(*this),
+      shared_(Mapping::anonymous(run_size)),
+      run_(reinterpret_cast<kvm_run*>(shared_.data())),
+      cpu_(*this, id),
+      jumps_(std::make_unique<std::array<JumpEntry, jump_entries>>()),
+      map_(vm.memory()),
+      mp_state_(KVM_MP_STATE_RUNNABLE),
+      tsc_khz_(vm.tsc_khz()) {
+  tsc_offset_ = -__builtin_ia32_rdtsc();
+  cpu_.memory = map_.get();
+  decoder_.configure(cpu_.features);
+  if (vm.interrupts().mode() != Irqchip::Mode::none) {
+    lapic_ = &vm.interrupts().add_vcpu(id, port_);
+    if (id != 0) mp_state_ = KVM_MP_STATE_UNINITIALIZED;
+  }
+  reset_cpu(cpu_, false);
+}
+
+SoftVcpu::~SoftVcpu() {
+  vm_.remove_vcpu(*this);
+  if (lapic_ != nullptr) vm_.interrupts().remove_vcpu(*lapic_);
+}
+
+// --- requests of other threads --------------------------------------------------------------------------------------
+
+void SoftVcpu::post(uint32_t bits) noexcept {
+  cpu_.request.fetch_or(bits);
+  if (sleeping_.load()) futex_wake(cpu_.request);
+}
+
+void SoftVcpu::post_flush() noexcept {
+  {
+    const std::lock_guard lock(mail_mutex_);
+    flush_wanted_ = true;
+    mail_posted_.fetch_add(1);
+  }
+  post(request::memory);
+}
+
+void SoftVcpu::post_code_page(uint64_t host) noexcept {
+  {
+    const std::lock_guard lock(mail_mutex_);
+    code_pages_.push_back(host);
+    mail_posted_.fetch_add(1);
+  }
+  post(request::memory);
+}
+
+bool SoftVcpu::flush_acknowledged() noexcept { return !in_guest_.load() || mail_done_.load() == mail_posted_.load(); }
+
+void SoftVcpu::acknowledge_memory() noexcept {
+  if (mail_done_.load() == mail_posted_.load()) return;
+  const std::lock_guard lock(mail_mutex_);
+  if (flush_wanted_) {
+    map_ = vm_.memory();
+    cpu_.memory = map_.get();
+    cpu_.flush_tlb(false);
+    blocks_.clear();  // they point into slots that may be gone
+    single_.reset();
+    flush_wanted_ = false;
+  }
+  for (const uint64_t page : code_pages_) drop_write_tags(page);
+  code_pages_.clear();
+  mail_done_.store(mail_posted_.load());
+}
+
+void SoftVcpu::drop_write_tags(uint64_t host_page) noexcept {
+  for (TlbSet& set : *cpu_.tlb_sets)
+    for (unsigned word = 0; word < set.valid.size(); ++word)
+      for (uint64_t left = set.valid[word]; left != 0; left &= left - 1) {
+        const unsigned i = word * 64 + static_cast<unsigned>(__builtin_ctzll(left));
+        if (set.page[i] + set.entry[i].host == host_page) set.entry[i].write = TlbSet::empty(i);
+      }
+}
+
+// --- run --------------------------------------------------------------------------------------------------------------
+
+Exit SoftVcpu::run() noexcept {
+  finish_exit();
+  enter_guest();
+  int status = 0;
+  if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED && lapic_ == nullptr) {
+    status = -EAGAIN;
+  } else if (run_->immediate_exit != 0) {
+    // An answered access is completed first, so that the state can be saved.
+    Outcome outcome = go_on;
+    if (alone_next_) {
+      acknowledge_memory();
+      outcome = run_alone();
+    }
+    status = outcome.leave ? outcome.status : -EINTR;
+  } else {
+    status = loop();
+  }
+  leave_guest();
+  publish(status);
+  return Exit(*run_, status);
+}
+
+// Takes over what the VMM has answered to the previous exit.
+void SoftVcpu::finish_exit() noexcept {
+  if (mmio_asked_ && answered_ < answers_.size()) {
+    Answer& answer = answers_[answered_++];
+    answer = {.gpa = run_->mmio.phys_addr,
+              .size = static_cast<uint8_t>(run_->mmio.len),
+              .write = run_->mmio.is_write != 0,
+              .data = {}};
+    std::memcpy(answer.data, run_->mmio.data, sizeof answer.data);
+    alone_next_ = true;
+  }
+  mmio_asked_ = false;
+  if (port_io_ == PortIo::asked) {
+    port_io_ = PortIo::answered;
+    alone_next_ = true;
+  }
+}
+
+void SoftVcpu::publish(int status) noexcept {
+  if (status == -EINTR) run_->exit_reason = KVM_EXIT_INTR;
+  run_->if_flag = (cpu_.system_flags & flag::if_) != 0 ? 1 : 0;
+  run_->cr8 = tpr();
+  run_->apic_base = lapic_ != nullptr ? lapic_->apic_base() : 0;
+  run_->ready_for_interrupt_injection =
+      lapic_ == nullptr ? interrupts_open() && external_ < 0 : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
+}
+
+int SoftVcpu::loop() noexcept {
+  for (;;) {
+    if (cpu_.request.load(std::memory_order_relaxed) != 0 || interrupt_waiting_ || nmi_pending_ || external_ >= 0 ||
+        run_->request_interrupt_window != 0) {
+      if (const Outcome outcome = service(); outcome.leave) return outcome.status;
+    }
+    Outcome outcome;
+    if (cpu_.halted || mp_state_ != KVM_MP_STATE_RUNNABLE)
+      outcome = wait_while_halted();
+    else if (alone_next_ || cpu_.slow || cpu_.interrupt_shadow)
+      outcome = run_alone();
+    else
+      outcome = run_block();
+    if (outcome.leave) return outcome.status;
+  }
+}
+
+Outcome SoftVcpu::service() noexcept {
+  const uint32_t bits = cpu_.request.exchange(0);
+  if ((bits & request::memory) != 0) acknowledge_memory();
+  if ((bits & (request::init | request::sipi)) != 0)
+    if (const Outcome outcome = take_init_and_sipi(bits); outcome.leave) return outcome;
+  if ((bits & request::nmi) != 0) nmi_pending_ = true;
+  if ((bits & request::clock) != 0) update_kvmclock(cpu_);
+  if ((bits & request::interrupt) != 0) interrupt_waiting_ = true;
+  if ((bits & request::kick) != 0) return leave_with(-EINTR);
+  // An instruction whose access has been answered comes before any event.
+  if (alone_next_ && (answered_ > 0 || port_io_ == PortIo::answered)) return go_on;
+  return inject();
+}
+
+Outcome SoftVcpu::take_init_and_sipi(uint32_t bits) noexcept {
+  if ((bits & request::init) != 0) {
+    reset_cpu(cpu_, true);
+    if (lapic_ != nullptr) lapic_->init_reset();
+    cpu_.halted = false;
+    nmi_pending_ = interrupt_waiting_ = false;
+    const bool bsp = lapic_ == nullptr || (lapic_->apic_base() & Lapic::base_bsp) != 0;
+    mp_state_ = bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED;
+  }
+  if ((bits & request::sipi) != 0 && mp_state_ == KVM_MP_STATE_INIT_RECEIVED) {
+    start_at_sipi(cpu_, sipi_vector_);
+    mp_state_ = KVM_MP_STATE_RUNNABLE;
+  }
+  return go_on;
+}
+
+bool SoftVcpu::interrupts_open() noexcept {
+  return (cpu_.system_flags & flag::if_) != 0 && !cpu_.interrupt_shadow && !cpu_.pending.valid;
+}
+
+Outcome SoftVcpu::inject() noexcept {
+  if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return go_on;
+  if (nmi_pending_ && !cpu_.nmi_blocked && !cpu_.interrupt_shadow) {
+    nmi_pending_ = false;
+    cpu_.halted = false;
+    mp_state_ = KVM_MP_STATE_RUNNABLE;
+    return deliver(deliver_nmi(cpu_));
+  }
+  if (!interrupts_open()) return go_on;
+  int vector = -1;
+  if (external_ >= 0) {
+    vector = std::exchange(external_, -1);
+  } else if (interrupt_waiting_ && lapic_ != nullptr) {
+    vector = lapic_->acknowledge();
+    interrupt_waiting_ = lapic_->maybe_pending();
+    if (vector < 0) interrupt_waiting_ = false;
+  }
+  if (vector >= 0) {
+    cpu_.halted = false;
+    mp_state_ = KVM_MP_STATE_RUNNABLE;
+    return deliver(deliver_external_interrupt(cpu_, static_cast<uint8_t>(vector)));
+  }
+  if (run_->request_interrupt_window != 0 && lapic_ == nullptr) return exit_with(KVM_EXIT_IRQ_WINDOW_OPEN);
+  return go_on;
+}
+
+// Whether something ends the halt now.
+bool SoftVcpu::wakes() noexcept {
+  if (cpu_.request.load() != 0) return true;
+  if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return false;
+  if (nmi_pending_ && !cpu_.nmi_blocked) return true;
+  return interrupt_waiting_ && interrupts_open() && lapic_ != nullptr && lapic_->pending_vector() >= 0;
+}
+
+Outcome SoftVcpu::wait_while_halted() noexcept {
+  if (lapic_ == nullptr && mp_state_ == KVM_MP_STATE_RUNNABLE) {
+    cpu_.halted = false;
+    return exit_with(KVM_EXIT_HLT);
+  }
+  if (wakes()) return go_on;
+  leave_guest();
+  sleeping_.store(true);
+  if (cpu_.request.load() == 0) futex_wait(cpu_.request, 0);
+  sleeping_.store(false);
+  enter_guest();
+  // A signal, for a VMM that kicks by signals.
+  if (cpu_.request.load() == 0 && run_->immediate_exit != 0) return leave_with(-EINTR);
+  return go_on;
+}
+
+Outcome SoftVcpu::run_block() noexcept {
+  Block* block = lookup();
+  if (block == nullptr) return after_stop();
+  cpu_.gpr[gpr_rip] = cpu_.rip;
+  cpu_.block = block;
+  const Op* first = block->ops.data();
+  first->handler(cpu_, first);
+  cpu_.block = nullptr;
+  instructions_ += block->instructions;
+  if (__builtin_expect(cpu_.interrupted_access() || cpu_.leave_run, 0)) return after_stop();
+  return go_on;
+}
+
+// One instruction under observation: interrupt shadow, TF, breakpoints, an answered access.
+Outcome SoftVcpu::run_alone() noexcept {
+  const bool resumes = (cpu_.system_flags & flag::rf) != 0;
+  const bool traps = (cpu_.system_flags & flag::tf) != 0;
+  const bool shadowed = cpu_.interrupt_shadow;
+  const bool debug_step = cpu_.debug_step;
+  if (cpu_.code_breakpoints && !resumes && !alone_next_) {
+    uint64_t hits = 0;
+    const uint64_t linear = cpu_.mode() == Mode::bits64 ? cpu_.rip : cpu_.segment[seg_cs].base + cpu_.rip;
+    for (unsigned i = 0; i < 4; ++i)
+      if ((cpu_.active_dr7() >> 2 * i & 3) != 0 && (cpu_.active_dr7() >> (16 + 4 * i) & 3) == 0 &&
+          cpu_.active_dr(i) == linear)
+        hits |= uint64_t{1} << i;
+    if (hits != 0) {
+      if (cpu_.debug_registers) return debug_exit(hits, Exception::db);
+      cpu_.raise_debug(hits);
+      return deliver_pending();
+    }
+  }
+  const uint64_t linear =
+      cpu_.mode() == Mode::bits64 ? cpu_.rip : static_cast<uint32_t>(cpu_.segment[seg_cs].base + cpu_.rip);
+  single_ = decode(linear, decode_key(cpu_), 1);
+  if (!single_) {
+    alone_next_ = false;
+    return after_stop();
+  }
+  cpu_.gpr[gpr_rip] = cpu_.rip;
+  cpu_.block = single_.get();
+  cpu_.alone = true;
+  cpu_.debug_hits = 0;
+  answers_used_ = 0;
+  const Op* first = single_->ops.data();
+  first->handler(cpu_, first);
+  cpu_.alone = false;
+  cpu_.block = nullptr;
+  ++instructions_;
+  if (cpu_.wants_exit) {  // once more when the VMM has answered this access too
+    cpu_.wants_exit = false;
+    return leave_with(0);
+  }
+  alone_next_ = false;
+  answered_ = 0;
+  port_io_ = PortIo::none;
+  if (cpu_.interrupted_access()) return after_stop();
+
+  if (resumes && (cpu_.system_flags & flag::rf) != 0) cpu_.system_flags &= ~flag::rf;
+  if (shadowed) cpu_.interrupt_shadow = false;
+  uint64_t trap = cpu_.debug_hits;
+  if (traps && !(cpu_.interrupt_shadow && cpu_.shadow_is_mov_ss)) trap |= 0x4000;  // BS
+  if (debug_step && trap == 0) trap |= 0x4000;
+  if (trap != 0) {
+    if ((debug_step && !traps) || (cpu_.debug_registers && cpu_.debug_hits != 0)) return debug_exit(trap, Exception::db);
+    cpu_.raise_debug(trap);
+    return deliver_pending();
+  }
+  if (cpu_.leave_run) return after_stop();
+  return go_on;
+}
+
+// A block or an instruction ended with more than a new RIP.
+Outcome SoftVcpu::after_stop() noexcept {
+  if (fetch_failed_) {
+    fetch_failed_ = false;
+    return internal_error(KVM_INTERNAL_ERROR_EMULATION);
+  }
+  if (cpu_.leave_run) {
+    cpu_.leave_run = false;
+    if (eoi_exit_ >= 0) {
+      run_->eoi.vector = static_cast<uint8_t>(std::exchange(eoi_exit_, -1));
+      return exit_with(KVM_EXIT_IOAPIC_EOI);
+    }
+    return leave_with(0);
+  }
+  if (cpu_.run_alone) {
+    cpu_.run_alone = false;
+    alone_next_ = true;
+    return go_on;
+  }
+  if (cpu_.wants_exit) {
+    cpu_.wants_exit = false;
+    return leave_with(0);
+  }
+  return cpu_.pending.valid ? deliver_pending() : go_on;
+}
+
+Outcome SoftVcpu::deliver_pending() noexcept {
+  const Exception which = cpu_.pending.vector;
+  if ((debug_.control & KVM_GUESTDBG_ENABLE) != 0) {
+    const bool breakpoint = which == Exception::bp && (debug_.control & KVM_GUESTDBG_USE_SW_BP) != 0;
+    if (breakpoint) {
+      cpu_.rip -= 1;  // INT3 is a trap for the guest, but the debugger wants the breakpoint's address
+      cpu_.pending.valid = false;
+      return debug_exit(0, which);
+    }
+  }
+  return deliver(deliver_exception(cpu_));
+}
+
+Outcome SoftVcpu::deliver(Delivery delivery) noexcept {
+  cpu_.run_alone = false;
+  switch (delivery) {
+    case Delivery::done: cpu_.interrupt_shadow = false; return go_on;
+    case Delivery::shutdown: return exit_with(KVM_EXIT_SHUTDOWN);
+    default: cpu_.wants_exit = false; return internal_error(internal_delivery_event);
+  }
+}
+
+Outcome SoftVcpu::debug_exit(uint64_t dr6, Exception which) noexcept {
+  auto& arch = run_->debug.arch;
+  arch = {};
+  arch.exception = static_cast<uint32_t>(which);
+  arch.pc = cpu_.rip + (cpu_.mode() == Mode::bits64 ? 0 : cpu_.segment[seg_cs].base);
+  arch.dr6 = dr6 | 0xffff0ff0;
+  arch.dr7 = cpu_.active_dr7();
+  return exit_with(KVM_EXIT_DEBUG);
+}
+
+Outcome SoftVcpu::exit_with(uint32_t reason) noexcept {
+  run_->exit_reason = reason;
+  return leave_with(0);
+}
+
+Outcome SoftVcpu::internal_error(uint32_t suberror) noexcept {
+  run_->internal.suberror = suberror;
+  run_->internal.ndata = 0;
+  return exit_with(KVM_EXIT_INTERNAL_ERROR);
+}
+
+}  // namespace lodge::kvm::soft

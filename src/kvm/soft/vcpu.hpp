@@ -1,0 +1,215 @@
+// One vCPU of the soft accelerator: the run loop around a Cpu, its exits, and its side of the contract.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/mapping.hpp"
+#include "kvm/kvm.hpp"
+#include "kvm/soft/cpu/cpu.hpp"
+#include "kvm/soft/cpu/events.hpp"
+#include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/decode/decoder.hpp"
+#include "kvm/soft/interpret/block.hpp"
+#include "kvm/soft/irqchip/vcpu_port.hpp"
+#include "kvm/soft/mmu/memory_map.hpp"
+
+namespace lodge::kvm::soft {
+
+class Lapic;
+class SoftVm;
+
+// KVM_CHECK_EXTENSION of the soft accelerator.
+int soft_extension(uint32_t capability) noexcept;
+
+// What a step of the run loop decided: go on, or return from run() with this status.
+struct Outcome {
+  bool leave = false;
+  int status = 0;
+};
+inline constexpr Outcome go_on{};
+constexpr Outcome leave_with(int status) { return {true, status}; }
+
+class SoftVcpu final : public Vcpu, private Platform {
+ public:
+  SoftVcpu(SoftVm& vm, unsigned id);
+  ~SoftVcpu() override;
+
+  unsigned id() const noexcept override { return id_; }
+  Exit run() noexcept override;
+  void kick() noexcept override { post(request::kick); }
+  kvm_run& shared() noexcept override { return *run_; }
+
+  kvm_regs regs() override;
+  void set_regs(const kvm_regs& regs) override;
+  kvm_sregs sregs() override;
+  void set_sregs(const kvm_sregs& sregs) override;
+  kvm_sregs2 sregs2() override;
+  void set_sregs2(const kvm_sregs2& sregs) override;
+  kvm_fpu fpu() override;
+  void set_fpu(const kvm_fpu& fpu) override;
+  kvm_xsave xsave() override;
+  void set_xsave(const kvm_xsave& xsave) override;
+  kvm_xcrs xcrs() override;
+  void set_xcrs(const kvm_xcrs& xcrs) override;
+  kvm_debugregs debugregs() override;
+  void set_debugregs(const kvm_debugregs& debugregs) override;
+  unsigned msrs(std::span<kvm_msr_entry> entries) override;
+  unsigned set_msrs(std::span<const kvm_msr_entry> entries) override;
+  std::vector<kvm_cpuid_entry2> cpuid2() override;
+  void set_cpuid2(std::span<const kvm_cpuid_entry2> entries) override;
+  kvm_lapic_state lapic() override;
+  void set_lapic(const kvm_lapic_state& lapic) override;
+  kvm_vcpu_events vcpu_events() override;
+  void set_vcpu_events(const kvm_vcpu_events& events) override;
+  kvm_mp_state mp_state() override;
+  void set_mp_state(const kvm_mp_state& state) override;
+  uint32_t tsc_khz() noexcept override { return tsc_khz_; }
+  void set_tsc_khz(uint32_t khz) override;
+  void set_guest_debug(const kvm_guest_debug& debug) override;
+  void set_tpr_access_reporting(bool on) override;
+  int interrupt(uint32_t vector) noexcept override;
+  int nmi() noexcept override;
+  kvm_translation translate(uint64_t linear) override;
+  void enable_cap(const kvm_enable_cap& cap) override;
+
+  // --- for the VM, any thread ---
+  void post(uint32_t bits) noexcept;
+  void post_flush() noexcept;                    // the slot table or the dirty log changed
+  void post_code_page(uint64_t host) noexcept;   // drop write tags of this page
+  bool flush_acknowledged() noexcept;            // or the vCPU is not in the guest
+  // Does what was posted; own thread.
+  void acknowledge_memory() noexcept;
+
+  // Guest instructions run so far, roughly (a block that faults counts whole).
+  uint64_t instructions() const noexcept { return instructions_; }
+
+ private:
+  // Platform
+  bool read_apic_msr(uint32_t index, uint64_t& value) noexcept override;
+  bool write_apic_msr(uint32_t index, uint64_t value) noexcept override;
+  uint8_t tpr() noexcept override;
+  void set_tpr(uint8_t tpr) noexcept override;
+  bool apic_enabled() noexcept override;
+  bool x2apic_enabled() noexcept override;
+  uint64_t tsc() noexcept override { return guest_tsc(); }
+  void set_tsc(uint64_t value) noexcept override;
+  uint64_t kvmclock_ns() noexcept override;
+  uint64_t wall_ns() noexcept override;
+  bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept override;
+  uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept override;
+  bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept override;
+  bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept override;
+  std::mutex& split_lock() noexcept override;
+
+  // What the LAPIC sees of this vCPU.
+  class Port final : public VcpuPort {
+   public:
+    explicit Port(SoftVcpu& vcpu) : vcpu_(vcpu) {}
+    void interrupt_changed() noexcept override { vcpu_.post(request::interrupt); }
+    void nmi() noexcept override { vcpu_.post(request::nmi); }
+    void smi() noexcept override { vcpu_.post(request::smi); }
+    void init() noexcept override { vcpu_.post(request::init); }
+    void sipi(uint8_t vector) noexcept override {
+      vcpu_.sipi_vector_ = vector;
+      vcpu_.post(request::sipi);
+    }
+    uint64_t guest_tsc() const noexcept override { return vcpu_.guest_tsc(); }
+    uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept override {
+      return vcpu_.tsc_to_clock(guest_tsc);
+    }
+
+   private:
+    SoftVcpu& vcpu_;
+  };
+  uint64_t guest_tsc() const noexcept;
+  uint64_t tsc_to_clock(uint64_t guest_tsc) const noexcept;
+
+  // The run loop (vcpu.cpp)
+  int loop() noexcept;
+  Outcome service() noexcept;
+  Outcome take_init_and_sipi(uint32_t bits) noexcept;
+  Outcome inject() noexcept;
+  Outcome wait_while_halted() noexcept;
+  bool wakes() noexcept;
+  Outcome run_block() noexcept;
+  Outcome run_alone() noexcept;
+  Outcome after_stop() noexcept;
+  Outcome deliver(Delivery delivery) noexcept;
+  Outcome deliver_pending() noexcept;
+  Outcome debug_exit(uint64_t dr6, Exception vector) noexcept;
+  Outcome exit_with(uint32_t reason) noexcept;
+  Outcome internal_error(uint32_t suberror) noexcept;
+  bool interrupts_open() noexcept;
+  void enter_guest() noexcept { in_guest_.store(true); }
+  void leave_guest() noexcept { in_guest_.store(false); }
+  void finish_exit() noexcept;
+  void publish(int status) noexcept;
+
+  // Decoding (vcpu_fetch.cpp)
+  Block* lookup() noexcept;
+  Block* lookup_slowly(uint64_t linear, uint32_t key) noexcept;
+  std::unique_ptr<Block> decode(uint64_t linear, uint32_t key, unsigned limit) noexcept;
+  // Host address of the code at `linear`; marks its page as code. 0: an exception is pending, or stop_ is set.
+  uint64_t fetch_page(uint64_t linear, Block& block, unsigned which) noexcept;
+  void drop_write_tags(uint64_t host_page) noexcept;
+
+  SoftVm& vm_;
+  const unsigned id_;
+  Port port_;
+  Mapping shared_;
+  kvm_run* run_;
+  Cpu cpu_;
+  Decoder decoder_;
+  BlockCache blocks_;
+  std::unique_ptr<Block> single_;
+  struct JumpEntry {
+    uint64_t linear = 0;
+    uint32_t key = 0;
+    uint32_t flushes = 0;
+    Block* block = nullptr;
+  };
+  static constexpr unsigned jump_entries = 4096;
+  std::unique_ptr<std::array<JumpEntry, jump_entries>> jumps_;
+  std::shared_ptr<const MemoryMap> map_;
+  Lapic* lapic_ = nullptr;
+  uint64_t instructions_ = 0;
+  bool fetch_failed_ = false;  // code is not in RAM
+
+  // Memory requests of other threads.
+  std::mutex mail_mutex_;
+  std::vector<uint64_t> code_pages_;
+  bool flush_wanted_ = false;
+  std::atomic<uint32_t> mail_posted_{0}, mail_done_{0};
+  std::atomic<bool> in_guest_{false};
+  std::atomic<bool> sleeping_{false};
+
+  // Events.
+  bool interrupt_waiting_ = false;  // the irqchip may have a vector for us
+  bool nmi_pending_ = false;
+  int external_ = -1;  // vector of KVM_INTERRUPT, without LAPIC
+  std::atomic<uint8_t> sipi_vector_{0};
+  std::atomic<uint32_t> mp_state_;
+
+  // Accesses that the VMM has answered, for the instruction that runs again.
+  struct Answer {
+    uint64_t gpa = 0;
+    uint8_t size = 0;
+    bool write = false;
+    uint8_t data[8] = {};
+  };
+  std::array<Answer, 16> answers_;
+  unsigned answered_ = 0, answers_used_ = 0;
+  bool alone_next_ = false;
+  enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none;
+  bool mmio_asked_ = false;
+  int eoi_exit_ = -1;
+
+  uint32_t tsc_khz_;
+  std::atomic<uint64_t> tsc_offset_{0};
+  kvm_guest_debug debug_{};
+};
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,161 @@
+// From RIP to a decoded block: the jump table by linear address, the block cache by place, the decoder.
+#include <algorithm>
+
+#include "kvm/soft/mmu/host_access.hpp"
+#include "kvm/soft/vcpu.hpp"
+#include "kvm/soft/vm.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+constexpr unsigned max_block_instructions = 64;
+constexpr unsigned max_instruction_bytes = 15;
+
+unsigned jump_hash(uint64_t linear) noexcept { return static_cast<unsigned>(linear ^ linear >> 12 ^ linear >> 24); }
+
+}  // namespace
+
+Block* SoftVcpu::lookup() noexcept {
+  const Segment& cs = cpu_.segment[seg_cs];
+  const bool wide = cpu_.mode() == Mode::bits64;
+  const uint64_t linear = wide ? cpu_.rip : static_cast<uint32_t>(cs.base + cpu_.rip);
+  const uint32_t key = decode_key(cpu_);
+  JumpEntry& jump = (*jumps_)[jump_hash(linear) % jump_entries];
+  if (jump.linear == linear && jump.key == key && jump.flushes == cpu_.flushes && jump.block->fresh() &&
+      (wide || cpu_.rip + jump.block->bytes - 1 <= cs.limit))
+    return jump.block;
+  Block* block = lookup_slowly(linear, key);
+  if (block != nullptr) jump = {.linear = linear, .key = key, .flushes = cpu_.flushes, .block = block};
+  return block;
+}
+
+Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
+  const Segment& cs = cpu_.segment[seg_cs];
+  const bool wide = cpu_.mode() == Mode::bits64;
+  if (wide ? !cpu_.canonical(linear) : cpu_.rip > cs.limit) {
+    cpu_.raise(Exception::gp, 0);
+    return nullptr;
+  }
+  uint64_t gpa = 0;
+  bool failed = false;
+  const uint8_t* host = cpu_.resolve(linear, Cpu::Access::fetch, cpu_.cpl() == 3 ? 0 : cpu_.view(), gpa, failed);
+  if (host == nullptr) {
+    fetch_failed_ = !failed;
+    return nullptr;
+  }
+  Block* block = blocks_.find(reinterpret_cast<uint64_t>(host), key);
+  if (block != nullptr && block->fresh()) {
+    bool usable = wide || cpu_.rip + block->bytes - 1 <= cs.limit;
+    if (usable && block->host_page[1] != 0) {
+      const uint8_t* second =
+          cpu_.resolve((linear | page_mask) + 1, Cpu::Access::fetch, cpu_.view(), gpa, failed);
+      // The next page may be gone; the block's first instructions still run until then.
+      usable = reinterpret_cast<uint64_t>(second) == block->host_page[1];
+      cpu_.pending.valid = false;
+      cpu_.run_alone = false;
+    }
+    if (usable) return block;
+  }
+  std::unique_ptr<Block> fresh = decode(linear, key, max_block_instructions);
+  if (!fresh) return nullptr;
+  ++cpu_.flushes;  // pointers of the jump table to the block that is replaced, or to all of a full cache
+  return blocks_.insert(std::move(fresh));
+}
+
+uint64_t SoftVcpu::fetch_page(uint64_t linear, Block& block, unsigned which) noexcept {
+  for (;;) {
+    uint64_t gpa = 0;
+    bool failed = false;
+    const uint8_t* host = cpu_.resolve(linear, Cpu::Access::fetch, cpu_.view(), gpa, failed);
+    if (host == nullptr) {
+      fetch_failed_ = !failed;
+      return 0;
+    }
+    Cpu::Translation translation;
+    if (!cpu_.translate(linear, Cpu::Access::fetch, cpu_.view(), translation)) return 0;
+    Slot* slot = cpu_.memory->find(translation.gpa);
+    if (slot == nullptr) {
+      fetch_failed_ = true;
+      return 0;
+    }
+    const uint64_t page = slot->page(translation.gpa);
+    std::atomic<uint32_t>& word = slot->code[page];
+    const uint64_t host_page = reinterpret_cast<uint64_t>(slot->host) + (page << page_shift);
+    if ((word.load() & Slot::has_code) == 0) {
+      const auto map = map_;  // keeps the slot while others may make us let go of it
+      word.fetch_or(Slot::has_code);
+      drop_write_tags(host_page);
+      vm_.shoot_down(*this, host_page);
+      if (map != map_) continue;
+    }
+    block.word[which] = &word;
+    block.word_value[which] = word.load();
+    if ((block.word_value[which] & Slot::has_code) == 0) continue;  // written to meanwhile
+    block.host_page[which] = host_page;
+    return host_page | (linear & page_mask);
+  }
+}
+
+std::unique_ptr<Block> SoftVcpu::decode(uint64_t linear, uint32_t key, unsigned limit) noexcept {
+  const Segment& cs = cpu_.segment[seg_cs];
+  const bool wide = cpu_.mode() == Mode::bits64;
+  if (wide ? !cpu_.canonical(linear) : cpu_.rip > cs.limit) {
+    cpu_.raise(Exception::gp, 0);
+    return nullptr;
+  }
+  auto block = std::make_unique<Block>();
+  block->key = key;
+  const auto map = map_;
+  block->host = fetch_page(linear, *block, 0);
+  if (block->host == 0) return nullptr;
+  const auto* code = reinterpret_cast<const uint8_t*>(block->host);
+  const auto in_page = static_cast<unsigned>(page_size - (linear & page_mask));
+
+  unsigned offset = 0;
+  bool last = false;
+  while (!last && block->instructions < limit && offset < in_page) {
+    uint8_t bytes[max_instruction_bytes];
+    unsigned available = std::min(in_page - offset, max_instruction_bytes);
+    host_read(reinterpret_cast<uint64_t>(code) + offset, bytes, available);
+    if (!wide) {
+      const uint64_t left = uint64_t{cs.limit} + 1 - (cpu_.rip + offset);
+      if (left < available) available = static_cast<unsigned>(left);
+    }
+    Op op;
+    op.offset = static_cast<uint16_t>(offset);
+    Decoder::Result result = decoder_.decode(cpu_, cpu_.rip, bytes, available, op);
+    if (result == Decoder::Result::more) {
+      if (block->instructions > 0) break;  // a block of its own, so that its fault is its own
+      if (available < in_page) {           // CS limit
+        cpu_.raise(Exception::gp, 0);
+        return nullptr;
+      }
+      uint64_t next = linear + in_page;
+      if (!wide) next = static_cast<uint32_t>(next);
+      const uint64_t second = fetch_page(next, *block, 1);
+      if (second == 0) return nullptr;
+      if (map != map_) return decode(linear, key, limit);
+      host_read(second, bytes + available, max_instruction_bytes - available);
+      unsigned total = max_instruction_bytes;
+      if (!wide) total = static_cast<unsigned>(std::min<uint64_t>(total, uint64_t{cs.limit} + 1 - cpu_.rip));
+      op = {};
+      result = decoder_.decode(cpu_, cpu_.rip, bytes, total, op);
+      if (result == Decoder::Result::more) {
+        cpu_.raise(Exception::gp, 0);
+        return nullptr;
+      }
+      last = true;
+    }
+    if (result == Decoder::Result::undefined && block->instructions > 0) break;
+    last = last || result != Decoder::Result::ok;
+    block->ops.push_back(op);
+    offset += op.length;
+    ++block->instructions;
+  }
+  block->bytes = offset;
+  block->ops.push_back(Decoder::end_of_block(offset));
+  block->ops.shrink_to_fit();
+  return block;
+}
+
+}  // namespace lodge::kvm::soft

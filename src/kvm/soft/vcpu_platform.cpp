@@ -1,0 +1,167 @@
+// What instructions ask of the vCPU's surroundings (cpu/platform.hpp).
+#include <algorithm>
+#include <cerrno>
+
+#include "kvm/soft/irqchip/lapic.hpp"
+#include "kvm/soft/vcpu.hpp"
+#include "kvm/soft/vm.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+constexpr uint32_t msr_apic_base = 0x1b, msr_tsc_deadline = 0x6e0;
+constexpr uint64_t hypercall_enosys = static_cast<uint64_t>(-1000);  // -KVM_ENOSYS
+
+__extension__ typedef unsigned __int128 u128;
+
+}  // namespace
+
+bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
+  if (lapic_ == nullptr) {
+    if (index != msr_apic_base) return false;
+    value = run_->apic_base;
+    return true;
+  }
+  switch (index) {
+    case msr_apic_base: value = lapic_->apic_base(); return true;
+    case msr_tsc_deadline: value = lapic_->tsc_deadline(); return true;
+    default: return lapic_->msr_read(index, value);
+  }
+}
+
+bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
+  if (lapic_ == nullptr) {
+    if (index != msr_apic_base) return false;
+    run_->apic_base = value;
+    return true;
+  }
+  bool done = true;
+  switch (index) {
+    case msr_apic_base: done = lapic_->set_apic_base(value); break;
+    case msr_tsc_deadline: lapic_->set_tsc_deadline(value); break;
+    default: done = lapic_->msr_write(index, value); break;
+  }
+  if (const int vector = lapic_->take_eoi_exit(); vector >= 0) {
+    eoi_exit_ = vector;
+    cpu_.leave_run = true;
+  }
+  return done;
+}
+
+uint8_t SoftVcpu::tpr() noexcept { return lapic_ != nullptr ? lapic_->cr8() : cpu_.cr8; }
+
+void SoftVcpu::set_tpr(uint8_t value) noexcept {
+  if (lapic_ != nullptr)
+    lapic_->set_cr8(value);
+  else
+    cpu_.cr8 = value;
+}
+
+bool SoftVcpu::apic_enabled() noexcept {
+  return lapic_ == nullptr || (lapic_->apic_base() & Lapic::base_enable) != 0;
+}
+bool SoftVcpu::x2apic_enabled() noexcept {
+  return lapic_ != nullptr && (lapic_->apic_base() & Lapic::base_x2apic) != 0;
+}
+
+uint64_t SoftVcpu::guest_tsc() const noexcept {
+  uint64_t host = __builtin_ia32_rdtsc();
+  if (tsc_khz_ != vm_.tsc_khz()) host = static_cast<uint64_t>(static_cast<u128>(host) * tsc_khz_ / vm_.tsc_khz());
+  return host + tsc_offset_.load(std::memory_order_relaxed);
+}
+
+void SoftVcpu::set_tsc(uint64_t value) noexcept {
+  tsc_offset_ += value - guest_tsc();
+  if (lapic_ != nullptr) lapic_->tsc_changed();
+}
+
+uint64_t SoftVcpu::tsc_to_clock(uint64_t deadline) const noexcept {
+  const uint64_t now = guest_tsc();
+  if (deadline <= now) return 0;
+  const u128 nanoseconds = static_cast<u128>(deadline - now) * 1'000'000 / tsc_khz_;
+  constexpr uint64_t century = uint64_t{1} << 62;
+  return vm_.timers().now() + (nanoseconds > century ? century : static_cast<uint64_t>(nanoseconds));
+}
+
+uint64_t SoftVcpu::kvmclock_ns() noexcept { return vm_.kvmclock_ns(); }
+uint64_t SoftVcpu::wall_ns() noexcept { return vm_.timers().wall(); }
+std::mutex& SoftVcpu::split_lock() noexcept { return vm_.split_lock(); }
+
+// MSR exits (KVM_CAP_X86_USER_SPACE_MSR) are not offered, so no access ever becomes one.
+bool SoftVcpu::exit_for_msr(uint32_t, bool, uint64_t) noexcept { return false; }
+
+uint64_t SoftVcpu::hypercall(uint64_t, const uint64_t (&)[4]) noexcept { return hypercall_enosys; }
+
+bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept {
+  auto* bytes = static_cast<uint8_t*>(data);
+  if (lapic_ != nullptr && size <= 8 && lapic_->handles_gpa(gpa)) {
+    lapic_->mmio(static_cast<uint32_t>(gpa & page_mask), write, data, size);
+    if (const int vector = lapic_->take_eoi_exit(); vector >= 0) {
+      eoi_exit_ = vector;
+      cpu_.leave_run = true;
+    }
+    return true;
+  }
+  Irqchip& irqchip = vm_.interrupts();
+  if (size <= 8 && irqchip.handles_gpa(gpa)) {
+    write ? irqchip.mmio_write(gpa, data, size) : irqchip.mmio_read(gpa, data, size);
+    return true;
+  }
+  if (write && size <= 8) {
+    uint64_t value = 0;
+    std::memcpy(&value, data, size);
+    if (vm_.ioeventfds().signal(false, gpa, size, value)) return true;
+  }
+  while (size > 0) {
+    const unsigned part = std::min(size, 8u);
+    if (answers_used_ < answered_) {
+      const Answer& answer = answers_[answers_used_++];
+      if (!write) std::memcpy(bytes, answer.data, part);
+    } else {
+      if (answered_ == answers_.size()) return cpu_.raise(Exception::gp, 0);  // more fragments than any instruction has
+      run_->exit_reason = KVM_EXIT_MMIO;
+      run_->mmio.phys_addr = gpa;
+      run_->mmio.len = part;
+      run_->mmio.is_write = write ? 1 : 0;
+      if (write) std::memcpy(run_->mmio.data, bytes, part);
+      mmio_asked_ = true;
+      cpu_.wants_exit = true;
+      return false;
+    }
+    bytes += part, gpa += part, size -= part;
+  }
+  return true;
+}
+
+bool SoftVcpu::io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept {
+  auto* bytes = static_cast<uint8_t*>(data);
+  Irqchip& irqchip = vm_.interrupts();
+  if (irqchip.handles_port(port)) {
+    for (uint32_t i = 0; i < count; ++i, bytes += size)
+      out ? irqchip.port_write(port, bytes, size) : irqchip.port_read(port, bytes, size);
+    return true;
+  }
+  const uint32_t total = size * count;
+  uint8_t* page = shared_.data() + page_size;
+  if (port_io_ == PortIo::answered) {
+    if (!out) std::memcpy(data, page, total);
+    return true;
+  }
+  if (out && count == 1) {
+    uint64_t value = 0;
+    std::memcpy(&value, data, size);
+    if (vm_.ioeventfds().signal(true, port, size, value)) return true;
+  }
+  run_->exit_reason = KVM_EXIT_IO;
+  run_->io.direction = out ? KVM_EXIT_IO_OUT : KVM_EXIT_IO_IN;
+  run_->io.size = static_cast<uint8_t>(size);
+  run_->io.port = port;
+  run_->io.count = count;
+  run_->io.data_offset = page_size;
+  if (out) std::memcpy(page, data, total);
+  port_io_ = PortIo::asked;
+  cpu_.wants_exit = true;
+  return false;
+}
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,219 @@
+// The vCPU's state in the contract's types. What only the Cpu holds is cpu/exchange.hpp; here is what the vCPU adds.
+#include <cerrno>
+
+#include "base/error.hpp"
+#include "kvm/soft/cpu/exchange.hpp"
+#include "kvm/soft/interpret/vector/exchange.hpp"
+#include "kvm/soft/irqchip/lapic.hpp"
+#include "kvm/soft/vcpu.hpp"
+#include "kvm/soft/vm.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+void check(int error, const char* what) {
+  if (error != 0) throw_errno(error, what);
+}
+
+}  // namespace
+
+kvm_regs SoftVcpu::regs() { return get_regs(cpu_); }
+
+void SoftVcpu::set_regs(const kvm_regs& regs) {
+  soft::set_regs(cpu_, regs);
+  cpu_.pending.valid = false;
+}
+
+kvm_sregs SoftVcpu::sregs() {
+  kvm_sregs sregs = get_sregs(cpu_);
+  if (external_ >= 0) sregs.interrupt_bitmap[external_ / 64] |= uint64_t{1} << external_ % 64;
+  return sregs;
+}
+
+void SoftVcpu::set_sregs(const kvm_sregs& sregs) {
+  acknowledge_memory();
+  check(soft::set_sregs(cpu_, sregs), "KVM_SET_SREGS: the control registers contradict each other");
+  if (lapic_ != nullptr) lapic_->set_apic_base(sregs.apic_base, true);
+  for (int vector = 255; vector >= 0 && lapic_ == nullptr; --vector)
+    if ((sregs.interrupt_bitmap[vector / 64] >> vector % 64 & 1) != 0) external_ = vector;
+}
+
+kvm_sregs2 SoftVcpu::sregs2() { return get_sregs2(cpu_); }
+
+void SoftVcpu::set_sregs2(const kvm_sregs2& sregs) {
+  acknowledge_memory();
+  check(soft::set_sregs2(cpu_, sregs), "KVM_SET_SREGS2: the control registers contradict each other");
+  if (lapic_ != nullptr) lapic_->set_apic_base(sregs.apic_base, true);
+}
+
+kvm_fpu SoftVcpu::fpu() {
+  kvm_fpu out{};
+  get_fpu(cpu_.vector, out);
+  return out;
+}
+
+void SoftVcpu::set_fpu(const kvm_fpu& fpu) {
+  check(soft::set_fpu(cpu_.vector, fpu) ? 0 : EINVAL, "KVM_SET_FPU: MXCSR has reserved bits");
+}
+
+kvm_xsave SoftVcpu::xsave() {
+  kvm_xsave out{};
+  get_xsave(cpu_.vector, {reinterpret_cast<uint8_t*>(out.region), sizeof out.region});
+  return out;
+}
+
+void SoftVcpu::set_xsave(const kvm_xsave& xsave) {
+  const std::span<const uint8_t> area{reinterpret_cast<const uint8_t*>(xsave.region), sizeof xsave.region};
+  check(soft::set_xsave(cpu_.vector, area, supported_xcr0()) ? 0 : EINVAL,
+        "KVM_SET_XSAVE: reserved bits, or components that this host does not have");
+}
+
+kvm_xcrs SoftVcpu::xcrs() { return get_xcrs(cpu_); }
+void SoftVcpu::set_xcrs(const kvm_xcrs& xcrs) {
+  check(soft::set_xcrs(cpu_, xcrs), "KVM_SET_XCRS: the value is not allowed by the guest's CPUID");
+}
+
+kvm_debugregs SoftVcpu::debugregs() { return get_debugregs(cpu_); }
+void SoftVcpu::set_debugregs(const kvm_debugregs& debugregs) {
+  check(soft::set_debugregs(cpu_, debugregs), "KVM_SET_DEBUGREGS: reserved bits");
+}
+
+unsigned SoftVcpu::msrs(std::span<kvm_msr_entry> entries) { return get_msrs(cpu_, entries); }
+
+unsigned SoftVcpu::set_msrs(std::span<const kvm_msr_entry> entries) {
+  acknowledge_memory();
+  return soft::set_msrs(cpu_, entries);
+}
+
+std::vector<kvm_cpuid_entry2> SoftVcpu::cpuid2() { return cpu_.features.entries(); }
+
+void SoftVcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
+  cpu_.features = Features(entries);
+  decoder_.configure(cpu_.features);
+  blocks_.clear();
+  cpu_.flush_tlb(false);
+  constexpr uint32_t x2apic = 1u << 21;
+  if (lapic_ != nullptr) lapic_->set_cpuid((cpu_.features.leaf1_ecx & x2apic) != 0, cpu_.features.physical_bits);
+}
+
+kvm_lapic_state SoftVcpu::lapic() {
+  if (lapic_ == nullptr) throw_errno(EINVAL, "KVM_GET_LAPIC: the VM has no in-accelerator LAPIC");
+  return lapic_->state(vm_.interrupts().x2apic_ids());
+}
+
+void SoftVcpu::set_lapic(const kvm_lapic_state& state) {
+  if (lapic_ == nullptr) throw_errno(EINVAL, "KVM_SET_LAPIC: the VM has no in-accelerator LAPIC");
+  check(lapic_->set_state(state, vm_.interrupts().x2apic_ids()) ? 0 : EINVAL,
+        "KVM_SET_LAPIC: the APIC ID is not the vCPU's");
+  post(request::interrupt);
+}
+
+kvm_vcpu_events SoftVcpu::vcpu_events() {
+  kvm_vcpu_events events = get_events(cpu_);
+  if (external_ >= 0) {
+    events.interrupt.injected = 1;
+    events.interrupt.nr = static_cast<uint8_t>(external_);
+  }
+  const bool nmi = nmi_pending_ || (cpu_.request.load() & request::nmi) != 0;
+  events.nmi.pending = nmi ? 1 : 0;
+  if ((cpu_.request.load() & request::sipi) != 0) events.sipi_vector = sipi_vector_;
+  events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
+  return events;
+}
+
+void SoftVcpu::set_vcpu_events(const kvm_vcpu_events& events) {
+  check(set_events(cpu_, events), "KVM_SET_VCPU_EVENTS: unknown flags, or an exception that does not exist");
+  if (events.interrupt.injected != 0) external_ = events.interrupt.nr;
+  if ((events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING) != 0) {
+    nmi_pending_ = events.nmi.pending != 0;
+    if (!nmi_pending_) cpu_.request.fetch_and(~request::nmi);
+  }
+  if ((events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) != 0) sipi_vector_ = static_cast<uint8_t>(events.sipi_vector);
+}
+
+kvm_mp_state SoftVcpu::mp_state() {
+  const uint32_t state = mp_state_;
+  return {state == KVM_MP_STATE_RUNNABLE && cpu_.halted ? uint32_t{KVM_MP_STATE_HALTED} : state};
+}
+
+void SoftVcpu::set_mp_state(const kvm_mp_state& state) {
+  switch (state.mp_state) {
+    case KVM_MP_STATE_RUNNABLE:
+    case KVM_MP_STATE_HALTED:
+      mp_state_ = KVM_MP_STATE_RUNNABLE;
+      cpu_.halted = state.mp_state == KVM_MP_STATE_HALTED;
+      break;
+    case KVM_MP_STATE_UNINITIALIZED:
+    case KVM_MP_STATE_INIT_RECEIVED:
+      if (lapic_ == nullptr) throw_errno(EINVAL, "KVM_SET_MP_STATE: only RUNNABLE exists without in-accelerator LAPIC");
+      mp_state_ = state.mp_state;
+      break;
+    case KVM_MP_STATE_SIPI_RECEIVED:
+      mp_state_ = KVM_MP_STATE_INIT_RECEIVED;
+      post(request::sipi);
+      break;
+    default: throw_errno(EINVAL, "KVM_SET_MP_STATE: unknown state");
+  }
+}
+
+void SoftVcpu::set_tsc_khz(uint32_t khz) {
+  if (khz == 0) khz = vm_.tsc_khz();
+  const uint64_t now = guest_tsc();
+  tsc_khz_ = khz;
+  tsc_offset_ += now - guest_tsc();
+  if (lapic_ != nullptr) lapic_->tsc_changed();
+  post(request::clock);
+}
+
+void SoftVcpu::set_guest_debug(const kvm_guest_debug& debug) {
+  constexpr uint32_t known = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_SW_BP |
+                             KVM_GUESTDBG_USE_HW_BP;
+  if ((debug.control & ~known) != 0) throw_errno(EINVAL, "KVM_SET_GUEST_DEBUG: this control bit is not supported");
+  debug_ = debug;
+  const bool on = (debug.control & KVM_GUESTDBG_ENABLE) != 0;
+  cpu_.debug_step = on && (debug.control & KVM_GUESTDBG_SINGLESTEP) != 0;
+  cpu_.debug_registers = on && (debug.control & KVM_GUESTDBG_USE_HW_BP) != 0;
+  for (unsigned i = 0; i < 4; ++i) cpu_.debug_dr[i] = debug.arch.debugreg[i];
+  cpu_.debug_dr[4] = debug.arch.debugreg[7];
+  cpu_.state_changed();
+}
+
+void SoftVcpu::set_tpr_access_reporting(bool on) {
+  if (on) throw_errno(EINVAL, "KVM_TPR_ACCESS_REPORTING: the soft accelerator does not report TPR accesses");
+}
+
+int SoftVcpu::interrupt(uint32_t vector) noexcept {
+  if (vector > 255) return -EINVAL;
+  if (lapic_ != nullptr) {
+    if (vm_.interrupts().mode() != Irqchip::Mode::split) return -ENXIO;
+    return lapic_->inject_extint(static_cast<uint8_t>(vector)) ? 0 : -EEXIST;
+  }
+  if (external_ >= 0) return -EEXIST;
+  external_ = static_cast<int>(vector);
+  return 0;
+}
+
+int SoftVcpu::nmi() noexcept {
+  post(request::nmi);
+  return 0;
+}
+
+kvm_translation SoftVcpu::translate(uint64_t linear) {
+  acknowledge_memory();
+  kvm_translation out{};
+  out.linear_address = linear;
+  bool writable = false;
+  bool user = false;
+  uint64_t gpa = 0;
+  out.valid = cpu_.translate_debug(linear, gpa, writable, user) ? 1 : 0;
+  out.physical_address = out.valid != 0 ? gpa : ~uint64_t{0};
+  out.writeable = writable ? 1 : 0;
+  out.usermode = user ? 1 : 0;
+  return out;
+}
+
+void SoftVcpu::enable_cap(const kvm_enable_cap& cap) {
+  throw_errno(EINVAL, fmt::format("the soft accelerator has no vCPU capability {} to enable", cap.cap));
+}
+
+}  // namespace lodge::kvm::soft

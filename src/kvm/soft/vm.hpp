@@ -1,0 +1,82 @@
+// One virtual machine of the soft accelerator: slots, vCPUs, irqchip and clock.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/clock.hpp"
+#include "kvm/kvm.hpp"
+#include "kvm/soft/irqchip/irqchip.hpp"
+#include "kvm/soft/mmu/memory_map.hpp"
+
+namespace lodge::kvm::soft {
+
+class SoftVcpu;
+
+class SoftVm final : public Vm {
+ public:
+  // `tsc_khz`: of the host.
+  explicit SoftVm(uint32_t tsc_khz);
+  ~SoftVm() override;
+
+  int check_extension(uint32_t capability) const noexcept override;
+  void enable_cap(const kvm_enable_cap& cap) override;
+  void set_user_memory_region(const kvm_userspace_memory_region& region) override;
+  void get_dirty_log(uint32_t slot, std::span<uint64_t> bitmap) override;
+  void clear_dirty_log(uint32_t slot, uint64_t first_page, uint32_t num_pages,
+                       std::span<const uint64_t> bitmap) override;
+  void note_write(uint64_t gpa, uint64_t size) noexcept override;
+  std::unique_ptr<Vcpu> create_vcpu(unsigned id) override;
+  void set_tss_addr(uint64_t gpa) override;
+  void set_identity_map_addr(uint64_t gpa) override;
+  void create_irqchip() override { irqchip_.create_full(); }
+  void create_pit2(const kvm_pit_config& config) override { irqchip_.create_pit(config); }
+  kvm_irqchip irqchip(uint32_t chip_id) override { return irqchip_.chip(chip_id); }
+  void set_irqchip(const kvm_irqchip& chip) override { irqchip_.set_chip(chip); }
+  kvm_pit_state2 pit2() override { return irqchip_.pit2(); }
+  void set_pit2(const kvm_pit_state2& state) override { irqchip_.set_pit2(state); }
+  int irq_line(uint32_t gsi, bool level) noexcept override { return irqchip_.irq_line(gsi, level); }
+  int signal_msi(const kvm_msi& msi) noexcept override { return irqchip_.signal_msi(msi); }
+  void set_gsi_routing(std::span<const kvm_irq_routing_entry> entries) override { irqchip_.set_gsi_routing(entries); }
+  void irqfd(const kvm_irqfd& irqfd) override { irqchip_.irqfd(irqfd); }
+  void ioeventfd(const kvm_ioeventfd& ioeventfd) override { ioeventfds_.set(ioeventfd); }
+  kvm_clock_data clock() override;
+  void set_clock(const kvm_clock_data& clock) override;
+
+  // --- for the vCPUs ---
+  Irqchip& interrupts() noexcept { return irqchip_; }
+  IoEventfds& ioeventfds() noexcept { return ioeventfds_; }
+  Clock& timers() noexcept { return clock_; }
+  std::mutex& split_lock() noexcept { return split_lock_; }
+  uint32_t tsc_khz() const noexcept { return tsc_khz_; }
+  uint64_t kvmclock_ns() const noexcept { return clock_.now() + clock_offset_.load(std::memory_order_relaxed); }
+  std::shared_ptr<const MemoryMap> memory() noexcept;
+  // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self` keeps
+  // acknowledging what others ask of it meanwhile.
+  void shoot_down(SoftVcpu& self, uint64_t host_page) noexcept;
+  void remove_vcpu(SoftVcpu& vcpu) noexcept;
+
+ private:
+  void install(std::unique_ptr<MemoryMap> map);
+  void flush_all_vcpus() noexcept;
+  Slot& slot_by_id(uint32_t id, const char* what);
+
+  const uint32_t tsc_khz_;
+  RealClock clock_;
+  std::atomic<uint64_t> clock_offset_;
+  Irqchip irqchip_;
+  IoEventfds ioeventfds_;
+  std::mutex split_lock_;
+
+  std::mutex slots_mutex_;  // one slot change at a time
+  std::mutex map_mutex_;    // guards map_ itself
+  std::shared_ptr<const MemoryMap> map_;
+  bool manual_dirty_protect_ = false;
+
+  std::mutex vcpus_mutex_;
+  std::vector<SoftVcpu*> vcpus_;
+};
+
+}  // namespace lodge::kvm::soft
