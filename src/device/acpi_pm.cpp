@@ -110,7 +110,7 @@ void AcpiPm::reset() noexcept {
 // -----------------------------------------------------------------------------------------------
 
 uint8_t AcpiPm::register_byte(uint64_t offset, uint32_t timer) const noexcept {
-  if (offset < PM1_EN) return part(state_.pm1_status, offset);
+  if (offset < PM1_EN) return part(state_.pm1_status, offset - PM1_STS);
   if (offset < PM1_CNT) return part(state_.pm1_enable, offset - PM1_EN);
   if (offset < PM1_CNT + 2) return part(state_.pm1_control, offset - PM1_CNT);
   if (offset >= PM_TMR && offset < PM_TMR + 4) return part(timer, offset - PM_TMR);
@@ -138,7 +138,7 @@ void AcpiPm::set_control(uint16_t value) noexcept {
 
 void AcpiPm::set_register_byte(uint64_t offset, uint8_t value) noexcept {
   if (offset < PM1_EN) {
-    clear_bits(state_.pm1_status, offset, value);
+    clear_bits(state_.pm1_status, offset - PM1_STS, value);
   } else if (offset < PM1_CNT) {
     set_part(state_.pm1_enable, offset - PM1_EN, value);
     state_.pm1_enable &= PM1_EN_MASK;

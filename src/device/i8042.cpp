@@ -166,6 +166,7 @@ void I8042::save(nlohmann::json& json) const {
 
 void I8042::load(const nlohmann::json& json) {
   auto state = load_state<I8042State>(json);
+  state.status |= STATUS_UNLOCKED;  // there is no lock that could be turned
   std::lock_guard lock(mutex_);
   state_ = state;
   update_interrupts();

@@ -24,8 +24,9 @@ constexpr uint8_t IIR_MSI = 0x0, IIR_NONE = 0x1, IIR_THRE = 0x2, IIR_RDA = 0x4, 
 constexpr uint8_t FCR_ENABLE = 1, FCR_CLEAR_RX = 2, FCR_CLEAR_TX = 4, FCR_STICKY = 0xc9;
 constexpr uint8_t LCR_DLAB = 0x80;
 constexpr uint8_t MCR_DTR = 1, MCR_RTS = 2, MCR_OUT1 = 4, MCR_OUT2 = 8, MCR_LOOP = 0x10, MCR_MASK = 0x1f;
-constexpr uint8_t LSR_DR = 1, LSR_OE = 2, LSR_PE = 4, LSR_FE = 8, LSR_BI = 0x10, LSR_THRE = 0x20,
-                  LSR_TEMT = 0x40, LSR_FIFO_ERROR = 0x80, LSR_ERRORS = LSR_OE | LSR_PE | LSR_FE | LSR_BI;
+constexpr uint8_t LSR_DR = 1, LSR_OE = 2, LSR_BI = 0x10, LSR_THRE = 0x20, LSR_TEMT = 0x40,
+                  LSR_FIFO_ERROR = 0x80,
+                  LSR_ERRORS = 0x1e;  // overrun, parity, framing, break
 constexpr uint8_t MSR_TERI = 4, MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80;
 
 constexpr uint64_t uart_clock = 115'200;  // 1.8432 MHz / 16
@@ -337,6 +338,14 @@ void Serial::load(const nlohmann::json& json) {
   auto state = load_state<SerialState>(json);
   if (state.rx_count > serial_fifo_size || state.tx_count > serial_fifo_size)
     usage_error("saved state of serial: a FIFO holds more than {} bytes", serial_fifo_size);
+  // Bits that the chip does not have stay clear, whatever the file says.
+  state.ier &= IER_MASK;
+  state.fcr &= FCR_STICKY;
+  state.mcr &= MCR_MASK;
+  state.errors &= LSR_ERRORS;
+  state.lines &= MSR_CTS | MSR_DSR | MSR_RI | MSR_DCD;
+  state.deltas &= 0x0f;
+  for (uint8_t& errors : state.rx_errors) errors &= LSR_ERRORS;
   std::lock_guard lock(mutex_);
   state_ = state;
   level_ = pending_source() != IIR_NONE && (state_.mcr & MCR_OUT2);
