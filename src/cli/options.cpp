@@ -55,8 +55,10 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   auto* run = app->add_subcommand("run", "Run a virtual machine");
   run->add_option("--kernel", raw.kernel, "Linux bzImage, ELF vmlinux (PVH) or multiboot kernel")
       ->type_name("FILE");
-  run->add_option("--initrd", raw.initrd, "initial RAM disk; multiboot: modules, separated by commas")
-      ->type_name("FILE");
+  run->add_option("--initrd", raw.initrds,
+                  "initial RAM disk, or multiboot module with arguments (repeatable)")
+      ->type_name("FILE")
+      ->allow_extra_args(false);
   run->add_option("--append", raw.append, "the kernel's command line")->type_name("TEXT");
   run->add_option("--cpus", raw.cpus, "number of processors")->type_name("N")->capture_default_str();
   run->add_option("--memory", raw.memory, "RAM: 512M, 2G...")->type_name("SIZE")->capture_default_str();
@@ -110,7 +112,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   RunCommand command;
   auto& config = command.config;
   config.kernel = raw.kernel;
-  config.initrd = raw.initrd;
+  config.initrds = raw.initrds;
   config.append = raw.append;
   config.name = raw.name;
   config.cpu = raw.cpu;

@@ -39,9 +39,9 @@ std::string completion_script(const std::string& shell);
 namespace detail {
 // The options as text, before their values are understood.
 struct RawOptions {
-  std::string kernel, initrd, append, cpus = "1", memory = "512M", accel = "auto", cpu = "host",
-                                      name = "lodge", shell;
-  std::vector<std::string> serial, devices;
+  std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", cpu = "host", name = "lodge",
+                              shell;
+  std::vector<std::string> initrds, serial, devices;
   bool no_reboot = false, stats = false, run_json = false, doctor_json = false;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);

@@ -59,6 +59,22 @@ void validate_serial(const VmConfig& config) {
         stdio);
 }
 
+void validate_initrds(const VmConfig& config) {
+  uint64_t total = 0;
+  for (const auto& initrd : config.initrds) {
+    // A multiboot module may have arguments after its path.
+    const std::string path =
+        ::access(initrd.c_str(), F_OK) == 0 ? initrd : initrd.substr(0, initrd.find(' '));
+    const uint64_t size = readable_file("--initrd", path);
+    if (size == 0) usage_error("--initrd: '{}' is empty", path);
+    total += size;
+    if (total >= config.memory) {
+      usage_error("--initrd: '{}' ({} MiB) does not fit in --memory ({} MiB); give the machine more", path,
+                  (size + MiB - 1) / MiB, config.memory / MiB);
+    }
+  }
+}
+
 }  // namespace
 
 HostLimits host_limits() {
@@ -163,14 +179,7 @@ void validate(const VmConfig& config, const HostLimits& limits) {
   validate_serial(config);
   for (const auto& device : config.devices) device::check_device(device.name, device.options);
   if (readable_file("--kernel", config.kernel) == 0) usage_error("--kernel: '{}' is empty", config.kernel);
-  if (!config.initrd.empty()) {
-    const uint64_t size = readable_file("--initrd", config.initrd);
-    if (size == 0) usage_error("--initrd: '{}' is empty", config.initrd);
-    if (size >= config.memory) {
-      usage_error("--initrd: '{}' ({} MiB) does not fit in --memory ({} MiB); give the machine more",
-                  config.initrd, (size + MiB - 1) / MiB, config.memory / MiB);
-    }
-  }
+  validate_initrds(config);
 }
 
 }  // namespace lodge::vm

@@ -28,9 +28,9 @@ struct DeviceConfig {
 
 struct VmConfig {
   std::string name = "lodge";
-  std::string kernel;  // path; required
-  std::string initrd;  // path; empty: none
-  std::string append;  // the kernel's command line
+  std::string kernel;                // path; required
+  std::vector<std::string> initrds;  // paths: joined to one initramfs; multiboot: modules, "path arguments"
+  std::string append;                // the kernel's command line
   unsigned cpus = 1;
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
   Accelerator accelerator = Accelerator::automatic;

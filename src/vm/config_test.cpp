@@ -100,10 +100,15 @@ TEST_F(Validate, RefusesTooLittleOrUnalignedMemory) {
 }
 
 TEST_F(Validate, RefusesAnInitrdLargerThanMemory) {
-  config_.initrd = dir_ + "/initrd";
-  std::ofstream(config_.initrd) << "x";
-  std::filesystem::resize_file(config_.initrd, 600 << 20);
+  config_.initrds = {dir_ + "/initrd"};
+  std::ofstream(config_.initrds[0]) << "x";
+  std::filesystem::resize_file(config_.initrds[0], 600 << 20);
   EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--initrd")));
+}
+
+TEST_F(Validate, AModuleMayHaveArguments) {
+  config_.initrds = {kernel_ + " one two"};
+  EXPECT_NO_THROW(check()());
 }
 
 TEST_F(Validate, NamesTheFileThatCannotBeRead) {

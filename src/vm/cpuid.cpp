@@ -227,4 +227,15 @@ CpuidEntries vcpu_cpuid(const CpuidEntries& model, unsigned apic_id, unsigned cp
   return entries;
 }
 
+std::string brand_string(const CpuidEntries& entries) {
+  std::array<char, 49> text{};
+  for (const auto& entry : entries) {
+    const uint32_t part = entry.function - 0x80000002;
+    if (part < 3) std::memcpy(text.data() + 16 * part, &entry.eax, 16);
+  }
+  std::string brand(text.data());
+  brand.erase(0, brand.find_first_not_of(' '));
+  return brand.erase(brand.find_last_not_of(' ') + 1);
+}
+
 }  // namespace lodge::vm

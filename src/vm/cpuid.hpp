@@ -5,6 +5,7 @@
 #include <linux/kvm.h>
 
 #include <span>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -26,5 +27,8 @@ CpuidEntries model_cpuid(CpuidEntries supported, bool tsc_deadline, std::string_
 // core counts and cache sharing in leaves 4, 0x80000008 and 0x8000001d (Intel SDM volume 2 CPUID; AMD APM
 // volume 3 appendix E).
 CpuidEntries vcpu_cpuid(const CpuidEntries& model, unsigned apic_id, unsigned cpus);
+
+// The processor's name as leaves 0x80000002 to 4 give it, without padding; empty when they are absent.
+std::string brand_string(const CpuidEntries& entries);
 
 }  // namespace lodge::vm

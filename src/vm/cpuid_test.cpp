@@ -3,8 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstring>
-
 #include "base/error.hpp"
 
 namespace lodge::vm {
@@ -38,6 +36,8 @@ CpuidEntries full() {
           entry(0x80000000, 0, 0x8000001e, 0, 0, 0),
           entry(0x80000001, 0, 0, 0, ~0u, ~0u),
           entry(0x80000002, 0, 1, 2, 3, 4),
+          entry(0x80000003, 0, 1, 2, 3, 4),
+          entry(0x80000004, 0, 1, 2, 3, 4),
           entry(0x80000008, 0, 0x3030, ~0u, 0x3007, 0),
           entry(0x8000001d, 3, 0x1c163, 0, 0, 0, true),
           entry(0x8000001e, 0, 5, 0x105, 0, 0),
@@ -98,9 +98,7 @@ TEST(ModelCpuid, ALevelThatTheHostLacksIsRefusedByName) {
 
 TEST(ModelCpuid, LevelsCarryTheirNameInTheBrandString) {
   const auto entries = model_cpuid(full(), true, "x86-64-v3");
-  char text[17] = {};
-  std::memcpy(text, &at(entries, 0x80000002).eax, 16);
-  EXPECT_STREQ(text, "Lodge x86-64-v3 ");
+  EXPECT_EQ(brand_string(entries), "Lodge x86-64-v3 processor");
 }
 
 TEST(VcpuCpuid, EachVcpuHasItsApicId) {

@@ -7,7 +7,7 @@
 #include "base/error.hpp"
 #include "machine/acpi/acpi.hpp"
 #include "machine/layout.hpp"
-#include "vm/cpuid.hpp"
+#include "machine/smbios/smbios.hpp"
 
 namespace lodge::vm {
 namespace {
@@ -53,10 +53,13 @@ Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Back
     : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
   memory_.attach(*vm_, 0);
   create_irqchip();
-  create_chips(clock, power);
+  create_chipset(clock, power);
+  create_pci();
+  create_firmware_configuration(config);
   create_serial_ports(clock);
   create_optional_devices(config, clock, power);
   create_vcpus(config, system);
+  describe(config);
   load_kernel(config);
   // From here on the user's bytes may flow.
   for (size_t i = 0; i < serial_.size(); i++) backends_.serial(i).connect(*serial_[i]);
@@ -83,7 +86,7 @@ void Machine::mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::Re
   mounted_.emplace_back(bus, base, size, window, owner);
 }
 
-void Machine::create_chips(Clock& clock, machine::Power& power) {
+void Machine::create_chipset(Clock& clock, machine::Power& power) {
   pm_ = std::make_unique<device::AcpiPm>(clock, interrupt(layout::sci_irq), power);
   mount(ports_, layout::acpi_pm_base, device::AcpiPm::window_size, *pm_, "ACPI power management");
   mount(ports_, layout::smi_command_port, 2, pm_->smi_window(), "SMI command port");
@@ -98,9 +101,28 @@ void Machine::create_chips(Clock& clock, machine::Power& power) {
   port92_ = std::make_unique<device::Port92>(power);
   mount(ports_, 0x92, 1, *port92_, "system control port A");
   reset_ = std::make_unique<device::ResetControl>(power);
-  mount(ports_, layout::reset_port, 1, *reset_, "reset control");
   mount(ports_, 0x80, 16, post_, "POST code and DMA page registers");
   mount(ports_, 0xed, 1, delay_, "delay port");
+}
+
+void Machine::create_pci() {
+  pci_ = std::make_unique<device::pci::Root>(
+      ports_, mmio_, [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); }, *reset_);
+  mount(ports_, device::pci::Root::ports_base, device::pci::Root::ports_size, pci_->port_window(),
+        "PCI configuration");
+  mount(mmio_, layout::ecam_base, layout::ecam_size, pci_->ecam_window(), "PCI Express configuration");
+  pci_->add(device::pci::HostBridge::slot, 0, host_bridge_);
+  pci_->add(device::pci::LpcBridge::slot, 0, lpc_bridge_);
+}
+
+void Machine::create_firmware_configuration(const VmConfig& config) {
+  using Key = machine::FwCfgKey;
+  fw_cfg_ = std::make_unique<machine::FwCfg>(memory_);
+  fw_cfg_->set_u64(Key::ram_size, config.memory);
+  fw_cfg_->set_u16(Key::cpu_count, static_cast<uint16_t>(config.cpus));
+  fw_cfg_->set_u16(Key::max_cpus, static_cast<uint16_t>(config.cpus));
+  fw_cfg_->set_u16(Key::nographic, 1);
+  mount(ports_, layout::fw_cfg_port, machine::FwCfg::window_size, *fw_cfg_, "firmware configuration");
 }
 
 void Machine::create_serial_ports(Clock& clock) {
@@ -130,25 +152,40 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   if (maximum > 0 && config.cpus > static_cast<unsigned>(maximum)) {
     usage_error("--cpus: the {} accelerator runs at most {} CPUs in one machine", system.name(), maximum);
   }
-  const CpuidEntries model = model_cpuid(system, config.cpu);
+  cpuid_ = model_cpuid(system, config.cpu);
   for (unsigned id = 0; id < config.cpus; id++) {
     auto vcpu = vm_->create_vcpu(id);
-    vcpu->set_cpuid2(vcpu_cpuid(model, id, config.cpus));
+    vcpu->set_cpuid2(vcpu_cpuid(cpuid_, id, config.cpus));
     set_up_vcpu(*vcpu, id == 0);
     vcpus_.push_back(std::move(vcpu));
   }
 }
 
-void Machine::load_kernel(const VmConfig& config) {
+// The tables in which a guest reads what the machine is made of.
+void Machine::describe(const VmConfig& config) {
   machine::acpi::Config acpi;
   acpi.cpus = config.cpus;
   acpi.serial_ports = static_cast<unsigned>(serial_.size());
   acpi.hpet = false;
+  acpi.fw_cfg = true;
+  rsdp_ = machine::acpi::install(acpi, memory_);
+
+  machine::smbios::Config smbios;
+  smbios.cpus = config.cpus;
+  smbios.serial = config.name;
+  smbios.cpu_name = brand_string(cpuid_);
+  for (const auto& entry : cpuid_) {
+    if (entry.function == 1) smbios.cpuid_eax = entry.eax, smbios.cpuid_edx = entry.edx;
+  }
+  machine::smbios::install(smbios, memory_);
+}
+
+void Machine::load_kernel(const VmConfig& config) {
   machine::boot::Request request;
-  request.acpi_rsdp = machine::acpi::install(acpi, memory_);
+  request.acpi_rsdp = rsdp_;
   request.kernel = config.kernel;
   request.append = config.append;
-  if (!config.initrd.empty()) request.initrds.push_back(config.initrd);
+  request.initrds = config.initrds;
   const auto state = machine::boot::load(request, memory_);
   protocol_ = state.protocol;
   state.apply(*vcpus_[0]);

@@ -11,6 +11,8 @@
 #include "device/acpi_pm.hpp"
 #include "device/debug_ports.hpp"
 #include "device/i8042.hpp"
+#include "device/pci/chipset.hpp"
+#include "device/pci/root.hpp"
 #include "device/reset.hpp"
 #include "device/rtc.hpp"
 #include "device/serial.hpp"
@@ -18,9 +20,11 @@
 #include "kvm/kvm.hpp"
 #include "machine/boot/boot.hpp"
 #include "machine/bus.hpp"
+#include "machine/fw_cfg/fw_cfg.hpp"
 #include "machine/memory.hpp"
 #include "vm/backends.hpp"
 #include "vm/config.hpp"
+#include "vm/cpuid.hpp"
 #include "vm/interrupts.hpp"
 
 namespace lodge::vm {
@@ -48,10 +52,13 @@ class Machine {
 
  private:
   void create_irqchip();
-  void create_chips(Clock& clock, machine::Power& power);
+  void create_chipset(Clock& clock, machine::Power& power);
+  void create_pci();
+  void create_firmware_configuration(const VmConfig& config);
   void create_serial_ports(Clock& clock);
   void create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power);
   void create_vcpus(const VmConfig& config, kvm::System& system);
+  void describe(const VmConfig& config);
   void load_kernel(const VmConfig& config);
   machine::Interrupt& interrupt(uint32_t gsi) { return inputs_[gsi]->add_driver(); }
   void mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::RegisterWindow& window,
@@ -70,10 +77,16 @@ class Machine {
   std::unique_ptr<device::Rtc> rtc_;
   std::unique_ptr<device::I8042> i8042_;
   device::LatchPorts post_, delay_;
+  device::pci::HostBridge host_bridge_;
+  device::pci::LpcBridge lpc_bridge_;
+  std::unique_ptr<device::pci::Root> pci_;
+  std::unique_ptr<machine::FwCfg> fw_cfg_;
   std::vector<std::unique_ptr<device::Serial>> serial_;
   std::vector<machine::Registration> mounted_;
   std::vector<std::unique_ptr<device::MountedDevice>> optional_;
   std::vector<std::unique_ptr<kvm::Vcpu>> vcpus_;
+  CpuidEntries cpuid_;  // what all vCPUs have in common
+  uint64_t rsdp_ = 0;
   std::string protocol_;
 };
 
