@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <exception>
 
 #include "base/error.hpp"
 #include "machine/acpi/acpi.hpp"
@@ -53,6 +54,7 @@ Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Back
     : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
   memory_.attach(*vm_, 0);
   create_irqchip();
+  create_timers(clock);
   create_chipset(clock, power);
   create_pci();
   create_firmware_configuration(config);
@@ -86,15 +88,38 @@ void Machine::mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::Re
   mounted_.emplace_back(bus, base, size, window, owner);
 }
 
-void Machine::create_chipset(Clock& clock, machine::Power& power) {
-  pm_ = std::make_unique<device::AcpiPm>(clock, interrupt(layout::sci_irq), power);
-  mount(ports_, layout::acpi_pm_base, device::AcpiPm::window_size, *pm_, "ACPI power management");
-  mount(ports_, layout::smi_command_port, 2, pm_->smi_window(), "SMI command port");
-  rtc_ = std::make_unique<device::Rtc>(clock, interrupt(layout::rtc_irq));
+// The HPET's legacy replacement takes IRQ 0 from the 8254, which is inside the accelerator (api.rst,
+// KVM_SET_PIT2).
+void Machine::replace_pit(bool replaced) noexcept {
+  try {
+    kvm_pit_state2 pit = vm_->pit2();
+    pit.flags =
+        replaced ? pit.flags | KVM_PIT_FLAGS_HPET_LEGACY : pit.flags & ~uint32_t{KVM_PIT_FLAGS_HPET_LEGACY};
+    vm_->set_pit2(pit);
+  } catch (const std::exception&) {
+    // An accelerator without the flag: the guest gets both interrupts, as some boards do.
+  }
+}
+
+void Machine::create_timers(Clock& clock) {
+  hpet_ = std::make_unique<device::Hpet>(
+      clock,
+      device::HpetWiring{.irq0 = interrupt(0),
+                         .irq8 = interrupt(layout::rtc_irq),
+                         .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
+                         .legacy_replacement = [this](bool replaced) { replace_pit(replaced); }});
+  mount(mmio_, layout::hpet_base, device::Hpet::window_size, *hpet_, "HPET");
+  rtc_ = std::make_unique<device::Rtc>(clock, hpet_->rtc_input());
   uint64_t low = 0, high = 0;
   for (const auto& range : memory_.ranges()) (range.gpa < layout::high_ram_base ? low : high) += range.size;
   rtc_->describe_memory(low, high);
   mount(ports_, layout::rtc_port, device::Rtc::window_size, *rtc_, "real-time clock");
+}
+
+void Machine::create_chipset(Clock& clock, machine::Power& power) {
+  pm_ = std::make_unique<device::AcpiPm>(clock, interrupt(layout::sci_irq), power);
+  mount(ports_, layout::acpi_pm_base, device::AcpiPm::window_size, *pm_, "ACPI power management");
+  mount(ports_, layout::smi_command_port, 2, pm_->smi_window(), "SMI command port");
   i8042_ = std::make_unique<device::I8042>(interrupt(keyboard_irq), interrupt(mouse_irq), power);
   mount(ports_, 0x60, 1, i8042_->data_window(), "keyboard controller");
   mount(ports_, 0x64, 1, i8042_->command_window(), "keyboard controller");
@@ -166,7 +191,6 @@ void Machine::describe(const VmConfig& config) {
   machine::acpi::Config acpi;
   acpi.cpus = config.cpus;
   acpi.serial_ports = static_cast<unsigned>(serial_.size());
-  acpi.hpet = false;
   acpi.fw_cfg = true;
   rsdp_ = machine::acpi::install(acpi, memory_);
 

@@ -10,6 +10,7 @@
 #include "base/clock.hpp"
 #include "device/acpi_pm.hpp"
 #include "device/debug_ports.hpp"
+#include "device/hpet.hpp"
 #include "device/i8042.hpp"
 #include "device/pci/chipset.hpp"
 #include "device/pci/root.hpp"
@@ -52,7 +53,9 @@ class Machine {
 
  private:
   void create_irqchip();
+  void create_timers(Clock& clock);
   void create_chipset(Clock& clock, machine::Power& power);
+  void replace_pit(bool replaced) noexcept;
   void create_pci();
   void create_firmware_configuration(const VmConfig& config);
   void create_serial_ports(Clock& clock);
@@ -74,6 +77,7 @@ class Machine {
   std::unique_ptr<device::AcpiPm> pm_;
   std::unique_ptr<device::Port92> port92_;
   std::unique_ptr<device::ResetControl> reset_;
+  std::unique_ptr<device::Hpet> hpet_;
   std::unique_ptr<device::Rtc> rtc_;
   std::unique_ptr<device::I8042> i8042_;
   device::LatchPorts post_, delay_;
