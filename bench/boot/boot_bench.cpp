@@ -1,5 +1,5 @@
-// Boots the same kernel and initramfs in Lodge and in QEMU's TCG, in turn, and compares the time from the start of the
-// process to the first line of userland and to its end.
+// Boots the same kernel and initramfs in Lodge and in QEMU's TCG, in turn, and compares the time from the
+// start of the process to the first line of userland and to its end.
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -27,12 +27,15 @@ struct Side {
 };
 
 struct Options {
-  std::string guests = LODGE_GUESTS, guest = "cloud", accelerator = "soft", memory = "512M", qemu = "/usr/bin/qemu-system-x86_64";
+  std::string guests = LODGE_GUESTS, guest = "cloud", accelerator = "soft", memory = "512M",
+              qemu = "/usr/bin/qemu-system-x86_64";
   unsigned rounds = 3, cpus = 1;
   bool json = false;
 };
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 // False, with a message, when the boot went wrong.
 bool boot(Side& side) {
@@ -51,7 +54,9 @@ bool boot(Side& side) {
   return status == 0;
 }
 
-double minimum(const std::vector<double>& values) { return *std::ranges::min_element(values); }
+double minimum(const std::vector<double>& values) {
+  return *std::ranges::min_element(values);
+}
 double median(std::vector<double> values) {
   std::ranges::sort(values);
   const size_t middle = values.size() / 2;
@@ -60,16 +65,21 @@ double median(std::vector<double> values) {
 
 nlohmann::json to_json(const Side& side) {
   return {{"name", side.name},
-          {"userland_s", {{"min", minimum(side.userland)}, {"median", median(side.userland)}, {"all", side.userland}}},
+          {"userland_s",
+           {{"min", minimum(side.userland)}, {"median", median(side.userland)}, {"all", side.userland}}},
           {"power_off_s", {{"min", minimum(side.off)}, {"median", median(side.off)}, {"all", side.off}}}};
 }
 
 void print_table(const std::vector<Side>& sides) {
-  fmt::print("{:<22} {:>14} {:>17} {:>15} {:>18}\n", "", "userland min", "userland median", "power-off min", "power-off median");
+  fmt::print("{:<22} {:>14} {:>17} {:>15} {:>18}\n", "", "userland min", "userland median", "power-off min",
+             "power-off median");
   for (const auto& side : sides) {
-    fmt::print("{:<22} {:>12.2f} s {:>15.2f} s {:>13.2f} s {:>16.2f} s\n", side.name, minimum(side.userland), median(side.userland), minimum(side.off), median(side.off));
+    fmt::print("{:<22} {:>12.2f} s {:>15.2f} s {:>13.2f} s {:>16.2f} s\n", side.name, minimum(side.userland),
+               median(side.userland), minimum(side.off), median(side.off));
   }
-  fmt::print("{:<22} {:>13.2f}x {:>16.2f}x\n", "ratio, lodge to peer", minimum(sides[0].userland) / minimum(sides[1].userland), median(sides[0].userland) / median(sides[1].userland));
+  fmt::print("{:<22} {:>13.2f}x {:>16.2f}x\n", "ratio, lodge to peer",
+             minimum(sides[0].userland) / minimum(sides[1].userland),
+             median(sides[0].userland) / median(sides[1].userland));
 }
 
 }  // namespace
@@ -77,16 +87,20 @@ void print_table(const std::vector<Side>& sides) {
 int main(int argc, char** argv) {
   Options options;
   CLI::App app("Boot time of Lodge beside QEMU's TCG", "boot_bench");
-  app.add_option("--rounds", options.rounds, "boots of each side")->check(CLI::Range(1u, 100u))->capture_default_str();
+  app.add_option("--rounds", options.rounds, "boots of each side")
+      ->check(CLI::Range(1u, 100u))
+      ->capture_default_str();
   app.add_option("--cpus", options.cpus)->capture_default_str();
   app.add_option("--memory", options.memory)->capture_default_str();
-  app.add_option("--guest", options.guest, "a directory of .cache/guests: cloud or i686")->capture_default_str();
+  app.add_option("--guest", options.guest, "a directory of .cache/guests: cloud or i686")
+      ->capture_default_str();
   app.add_option("--accel", options.accelerator, "Lodge's accelerator")->capture_default_str();
   app.add_option("--qemu", options.qemu)->capture_default_str();
   app.add_flag("--json", options.json, "print JSON instead of a table");
   CLI11_PARSE(app, argc, argv);
 
-  const std::string directory = options.guests + "/" + options.guest, kernel = directory + "/vmlinuz", initrd = directory + "/initramfs";
+  const std::string directory = options.guests + "/" + options.guest, kernel = directory + "/vmlinuz",
+                    initrd = directory + "/initramfs";
   for (const auto& path : {kernel, initrd, options.qemu}) {
     if (!std::filesystem::exists(path)) {
       fmt::print(stderr, "boot_bench: {} is missing; run scripts/setup and scripts/fetch-guests\n", path);
@@ -95,15 +109,29 @@ int main(int argc, char** argv) {
   }
   const std::string append = "console=ttyS0 quiet lodge.mode=off", cpus = std::to_string(options.cpus);
   std::vector<Side> sides = {
-      {"lodge " + options.accelerator, {LODGE_BINARY, "run", "--accel", options.accelerator, "--kernel", kernel, "--initrd", initrd, "--append", append, "--cpus", cpus, "--memory", options.memory, "--no-reboot"}, {}, {}},
-      {"qemu tcg, -cpu max, q35", {options.qemu, "-accel", "tcg", "-cpu", "max", "-M", "q35", "-smp", cpus, "-m", options.memory, "-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot", "-kernel", kernel, "-initrd", initrd, "-append", append}, {}, {}}};
+      {"lodge " + options.accelerator,
+       {LODGE_BINARY, "run", "--accel", options.accelerator, "--kernel", kernel, "--initrd", initrd,
+        "--append", append, "--cpus", cpus, "--memory", options.memory, "--no-reboot"},
+       {},
+       {}},
+      {"qemu tcg, -cpu max, q35",
+       {options.qemu, "-accel",     "tcg",          "-cpu",     "max",     "-M",       "q35",     "-smp",
+        cpus,         "-m",         options.memory, "-display", "none",    "-monitor", "none",    "-serial",
+        "stdio",      "-no-reboot", "-kernel",      kernel,     "-initrd", initrd,     "-append", append},
+       {},
+       {}}};
   // In turn, so that a change of the machine's load meets both sides.
   for (unsigned round = 0; round < options.rounds; round++) {
     for (auto& side : sides)
       if (!boot(side)) return 1;
   }
   if (options.json) {
-    fmt::print("{}\n", nlohmann::json{{"guest", options.guest}, {"cpus", options.cpus}, {"memory", options.memory}, {"rounds", options.rounds}, {"sides", {to_json(sides[0]), to_json(sides[1])}}}.dump(2));
+    fmt::print("{}\n", nlohmann::json{{"guest", options.guest},
+                                      {"cpus", options.cpus},
+                                      {"memory", options.memory},
+                                      {"rounds", options.rounds},
+                                      {"sides", {to_json(sides[0]), to_json(sides[1])}}}
+                           .dump(2));
   } else {
     print_table(sides);
   }

@@ -1,4 +1,5 @@
-// Whole systems, unmodified, under the soft accelerator: driven from outside through the command and its serial port.
+// Whole systems, unmodified, under the soft accelerator: driven from outside through the command and its
+// serial port.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -20,6 +21,11 @@ using testing_support::Seconds;
 
 // For a loaded machine with sanitizers: an idle one needs a tenth of it.
 constexpr Seconds boot_patience(600), answer_patience(60);
+#ifdef LODGE_SOFT
+constexpr bool has_soft = true;
+#else
+constexpr bool has_soft = false;
+#endif
 constexpr const char* userland = "lodge-guest: userland after";
 
 class Boot : public testing::Test {
@@ -28,8 +34,19 @@ class Boot : public testing::Test {
   static std::string guest(const std::string& name) { return std::string(LODGE_GUESTS) + "/" + name; }
   static bool missing(const std::string& name) { return !std::filesystem::exists(guest(name)); }
 
-  static std::vector<std::string> command(const std::string& name, const std::string& append, std::vector<std::string> more = {}) {
-    std::vector<std::string> arguments = {LODGE_BINARY, "run", "--accel", "soft", "--no-reboot", "--kernel", guest(name) + "/vmlinuz", "--initrd", guest(name) + "/initramfs", "--append", append};
+  static std::vector<std::string> command(const std::string& name, const std::string& append,
+                                          std::vector<std::string> more = {}) {
+    std::vector<std::string> arguments = {LODGE_BINARY,
+                                          "run",
+                                          "--accel",
+                                          "soft",
+                                          "--no-reboot",
+                                          "--kernel",
+                                          guest(name) + "/vmlinuz",
+                                          "--initrd",
+                                          guest(name) + "/initramfs",
+                                          "--append",
+                                          append};
     arguments.insert(arguments.end(), more.begin(), more.end());
     return arguments;
   }
@@ -44,7 +61,8 @@ class Boot : public testing::Test {
   }
 };
 
-#define NEEDS_GUEST(name) \
+#define NEEDS_GUEST(name)                                                         \
+  if (!has_soft) GTEST_SKIP() << "the soft accelerator is not in this build yet"; \
   if (missing(name)) GTEST_SKIP() << "guest '" << (name) << "' is not there: run scripts/fetch-guests"
 
 TEST_F(Boot, CloudKernelWithOneCpu) {
@@ -62,7 +80,8 @@ TEST_F(Boot, CloudKernelWithTwoCpus) {
 
 TEST_F(Boot, CloudKernelOnTheOldestProcessorModel) {
   NEEDS_GUEST("cloud");
-  EXPECT_THAT(report("cloud", {"--memory", "256M", "--cpu", "x86-64-v1"}), HasSubstr("Lodge x86-64-v1 processor"));
+  EXPECT_THAT(report("cloud", {"--memory", "256M", "--cpu", "x86-64-v1"}),
+              HasSubstr("Lodge x86-64-v1 processor"));
 }
 
 TEST_F(Boot, I686Kernel) {
@@ -84,7 +103,8 @@ double cpu_seconds(pid_t pid) {
 TEST_F(Boot, ShellAnswersAndAnIdleGuestCostsNoCpu) {
   NEEDS_GUEST("cloud");
   Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell", {"--memory", "512M"}));
-  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience)) << process.out() << process.err();
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
   process.send("echo answer=$((6*7))\n");
   ASSERT_TRUE(process.wait_output("answer=42", answer_patience)) << process.out();
   ::sleep(2);  // what the kernel does after boot settles
@@ -103,7 +123,10 @@ TEST_F(Boot, KernelLogHasNoComplaints) {
   EXPECT_EQ(process.wait_exit(answer_patience), 0);
   const std::regex complaint("Unknown|BUG|WARNING|firmware bug|unexpected|Call Trace", std::regex::icase);
   // Lines that the reference machine shows for this kernel as well (docs/boot-log.md).
-  const std::regex also_there("Unknown kernel command line parameters|clocksource: .*unknown|Speculative|mitigation|Spectre|MDS|TAA|Retbleed", std::regex::icase);
+  const std::regex also_there(
+      "Unknown kernel command line parameters|clocksource: "
+      ".*unknown|Speculative|mitigation|Spectre|MDS|TAA|Retbleed",
+      std::regex::icase);
   std::istringstream lines(process.out());
   for (std::string line; std::getline(lines, line);) {
     if (std::regex_search(line, complaint) && !std::regex_search(line, also_there)) ADD_FAILURE() << line;
@@ -113,7 +136,8 @@ TEST_F(Boot, KernelLogHasNoComplaints) {
 // memtest86+ draws a screen; the number of the running test is at line 4, column 35.
 TEST_F(Boot, MemtestFinishesItsFirstTest) {
   NEEDS_GUEST("memtest");
-  Process process({LODGE_BINARY, "run", "--accel", "soft", "--no-reboot", "--memory", "16M", "--kernel", guest("memtest") + "/memtest86+x64.bin", "--append", "console=ttyS0,115200 nosmp"});
+  Process process({LODGE_BINARY, "run", "--accel", "soft", "--no-reboot", "--memory", "16M", "--kernel",
+                   guest("memtest") + "/memtest86+x64.bin", "--append", "console=ttyS0,115200 nosmp"});
   ASSERT_TRUE(process.wait_output("Memtest86+", boot_patience)) << process.out() << process.err();
   ASSERT_TRUE(process.wait_output("\x1b[4;35H #0", boot_patience)) << process.out();
   const std::regex later("\x1b\\[4;35H #[1-9]");
