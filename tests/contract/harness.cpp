@@ -283,8 +283,10 @@ kvm::Exit Guest::run(unsigned index) {
       const std::lock_guard lock(mutex_);
       if (expired_)
         throw std::runtime_error("the guest did not stop within its time: " + describe(exit, index));
+      if (aborted_) throw std::runtime_error("the other side has failed");
     }
-    if (exit.interrupted()) continue;
+    // KVM also says EAGAIN, when a vCPU that waited for INIT or SIPI has got one.
+    if (exit.interrupted() || exit.status() == -EAGAIN) continue;
     if (!soft_ && exit.status() == 0 && exit.reason() == KVM_EXIT_INTERNAL_ERROR &&
         exit.raw().internal.suberror == KVM_INTERNAL_ERROR_EMULATION)
       throw Unable("this /dev/kvm cannot run the guest: " + describe(exit, index));
@@ -347,18 +349,29 @@ std::string Guest::describe(const kvm::Exit& exit, unsigned index) {
   return text;
 }
 
-Runner::Runner(std::function<void()> body)
-    : thread_([this, body = std::move(body)] {
-        try {
-          body();
-        } catch (...) {
-          error_ = std::current_exception();
-        }
-      }) {}
+void Guest::abort() noexcept {
+  const std::lock_guard lock(mutex_);
+  aborted_ = true;
+  // Until its thread has seen it: a vCPU may be between two runs.
+  for (auto& vcpu : vcpus_) vcpu->kick();
+}
 
-void Runner::join() {
-  thread_.join();
-  if (error_) std::rethrow_exception(error_);
+void Guest::together(const std::function<void()>& first, const std::function<void()>& second) {
+  std::exception_ptr error;
+  std::mutex mutex;
+  const auto guarded = [&](const std::function<void()>& body) {
+    try {
+      body();
+    } catch (...) {
+      const std::lock_guard lock(mutex);
+      if (!error) error = std::current_exception();
+      abort();
+    }
+  };
+  std::thread thread([&] { guarded(second); });
+  guarded(first);
+  thread.join();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace lodge::contract

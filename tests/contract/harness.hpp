@@ -119,6 +119,8 @@ class Guest {
   void finish(unsigned index = 0);
   // Runs to an exception; any other exit fails the test.
   Trap trap(unsigned index = 0);
+  // Runs `first` here and `second` on a thread of its own; what one throws stops the other and is thrown.
+  void together(const std::function<void()>& first, const std::function<void()>& second);
   // load, enter, finish, registers.
   kvm_regs result(Mode mode, std::span<const uint8_t> code);
   // load, enter, trap.
@@ -133,6 +135,7 @@ class Guest {
  private:
   void build_tables(Mode mode);
   void build_stubs();
+  void abort() noexcept;
 
   bool soft_;
   Mapping ram_;  // outlives the VM
@@ -142,19 +145,9 @@ class Guest {
 
   std::mutex mutex_;
   std::condition_variable_any wake_;
-  bool expired_ = false;
+  bool expired_ = false;   // the time is over
+  bool aborted_ = false;   // the other side of together() has failed
   std::jthread watchdog_;  // last: stops before what it kicks is gone
-};
-
-// A vCPU on its own thread; join() rethrows what its body threw.
-class Runner {
- public:
-  explicit Runner(std::function<void()> body);
-  void join();
-
- private:
-  std::exception_ptr error_;
-  std::jthread thread_;
 };
 
 class Contract : public ::testing::TestWithParam<Accelerator> {

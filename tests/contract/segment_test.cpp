@@ -48,8 +48,7 @@ GUEST_CODE(stack_limit, 32, "mov $0x60, %eax; mov %eax, %ss; mov $0x1004, %ebp; 
 CONTRACT_TEST(Segments, BeyondTheStacksLimitIsAStackFault) {
   auto guest = started(test, stack_limit);
   guest->set_descriptor(free_selector, 0x40000, 0xfff, 0x93, 0x4);
-  // The handler needs a stack as well, so the fault is delivered through a task's: here a 16-bit view
-  // suffices.
+  // Within the segment, for the handler's frame: a fault at the same level keeps the stack.
   auto regs = guest->vcpu().regs();
   regs.rsp = 0x800;
   guest->vcpu().set_regs(regs);

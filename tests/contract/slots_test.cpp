@@ -119,18 +119,20 @@ CONTRACT_TEST(Slots, ASlotAddedWhileTheVcpuRunsBecomesVisible) {
   guest->load(poll_high);
   guest->enter(Mode::long64);
   std::atomic<bool> polled{false};
-  Runner runner([&] {
-    for (;;) {
-      const auto exit = guest->run();
-      if (Guest::is_out(exit, done_port)) return;
-      if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
-      std::memset(exit.mmio().data.data(), 0, 8);
-      polled = true;
-    }
-  });
-  while (!polled) std::this_thread::yield();
-  set_slot(*guest, 1, high, memory);
-  runner.join();
+  guest->together(
+      [&] {
+        for (;;) {
+          const auto exit = guest->run();
+          if (Guest::is_out(exit, done_port)) return;
+          if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
+          std::memset(exit.mmio().data.data(), 0, 8);
+          polled = true;
+        }
+      },
+      [&] {
+        while (!polled) std::this_thread::yield();
+        set_slot(*guest, 1, high, memory);
+      });
 }
 
 CONTRACT_TEST(Slots, ASlotRemovedWhileTheVcpuRunsExits) {
@@ -139,13 +141,15 @@ CONTRACT_TEST(Slots, ASlotRemovedWhileTheVcpuRunsExits) {
   set_slot(*guest, 1, high, memory);
   guest->load(poll_high);
   guest->enter(Mode::long64);
-  Runner runner([&] {
-    const auto exit = guest->run();
-    if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
-  });
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  remove_slot(*guest, 1, high);
-  runner.join();
+  guest->together(
+      [&] {
+        const auto exit = guest->run();
+        if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
+      },
+      [&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        remove_slot(*guest, 1, high);
+      });
 }
 
 CONTRACT_TEST(Slots, MemoryExchangedUnderARunningVcpuShowsTheNewContents) {
@@ -155,18 +159,20 @@ CONTRACT_TEST(Slots, MemoryExchangedUnderARunningVcpuShowsTheNewContents) {
   set_slot(*guest, 1, high, before);
   guest->load(poll_high);
   guest->enter(Mode::long64);
-  Runner runner([&] {
-    for (;;) {
-      const auto exit = guest->run();
-      if (Guest::is_out(exit, done_port)) return;
-      if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
-      std::memset(exit.mmio().data.data(), 0, 8);
-    }
-  });
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
-  remove_slot(*guest, 1, high);
-  set_slot(*guest, 1, high, after);
-  runner.join();
+  guest->together(
+      [&] {
+        for (;;) {
+          const auto exit = guest->run();
+          if (Guest::is_out(exit, done_port)) return;
+          if (exit.reason() != KVM_EXIT_MMIO) throw std::runtime_error(guest->describe(exit));
+          std::memset(exit.mmio().data.data(), 0, 8);
+        }
+      },
+      [&] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        remove_slot(*guest, 1, high);
+        set_slot(*guest, 1, high, after);
+      });
 }
 
 GUEST_CODE(dirty_pages, 64,
