@@ -416,12 +416,36 @@ CONTRACT_TEST(Exceptions, SysenterTakesItsTargetFromMsrs) {
   const auto exit = guest->run();
   if (!Guest::is_out(exit, done_port)) {
     // AMD processors have no SYSENTER in 64-bit mode (APM volume 3): #UD is right there.
-    if ((guest->vcpu().regs().rip - stubs_gpa) / 16 == 6)
-      throw Unable("SYSENTER is undefined in 64-bit mode here (AMD)");
+    const bool amd = test.system().supported_cpuid().front().ebx == 0x68747541;  // "Auth"enticAMD
+    if (amd && (guest->vcpu().regs().rip - stubs_gpa) / 16 == 6)
+      throw Unable("SYSENTER is undefined in 64-bit mode of an AMD processor");
     FAIL() << guest->describe(exit);
   }
   EXPECT_EQ(guest->vcpu().regs().r9, 0x7000u);
   EXPECT_EQ(guest->vcpu().regs().r10, 8u);
+}
+
+GUEST_CODE(fast_call32, 32,
+           "mov $0x174, %ecx; mov $0x60, %eax; xor %edx, %edx; wrmsr; inc %ecx; mov $0x7000, %eax; wrmsr; inc %ecx;"
+           "mov $" AT(1f) ", %eax; wrmsr; mov $0x6800, %ecx; mov $" AT(2f) ", %edx; sysexit; 2: mov %cs, %ebx; mov %ss, %edi;"
+           "mov %esp, %ebp; sysenter; 1: mov %esp, %edx; mov %cs, %esi; out %al, $0xe0");
+CONTRACT_TEST(Exceptions, SysexitAndSysenterChangeLevels) {
+  auto guest = test.guest();
+  guest->load(fast_call32);
+  guest->enter(Mode::prot32);
+  // The four descriptors lie one after the other: code and data of level 0, code and data of level 3.
+  guest->at<uint64_t>(gdt_gpa + 0x60) = guest->at<uint64_t>(gdt_gpa + code32);
+  guest->at<uint64_t>(gdt_gpa + 0x68) = guest->at<uint64_t>(gdt_gpa + data);
+  guest->at<uint64_t>(gdt_gpa + 0x70) = guest->at<uint64_t>(gdt_gpa + (user_code32 & ~3));
+  guest->at<uint64_t>(gdt_gpa + 0x78) = guest->at<uint64_t>(gdt_gpa + (user_data & ~3));
+  const auto exit = guest->run();
+  if (!Guest::is_out(exit, done_port)) test.deviates("SYSEXIT and SYSENTER: " + guest->describe(exit));
+  const auto regs = guest->vcpu().regs();
+  EXPECT_EQ(regs.rbx, 0x73u);
+  EXPECT_EQ(regs.rdi, 0x7bu);
+  EXPECT_EQ(regs.rbp, 0x6800u);
+  EXPECT_EQ(regs.rdx, 0x7000u);
+  EXPECT_EQ(regs.rsi, 0x60u);
 }
 
 GUEST_CODE(unknown_msr, 64, "mov $0xdeadbeef, %ecx; rdmsr");

@@ -1,0 +1,144 @@
+// Time: TSC, its offset and frequency, the VM's clock and kvmclock.
+#include <chrono>
+#include <cstring>
+
+#include "harness.hpp"
+
+namespace lodge::contract {
+namespace {
+
+CONTRACT_SUITE(Time);
+
+GUEST_CODE(
+    two_stamps, 64,
+    "rdtsc; shl $32, %rdx; lea (%rdx,%rax), %rbx; mov $100, %ecx; 1: dec %ecx; jnz 1b; rdtsc; shl $32, %rdx;"
+    "lea (%rdx,%rax), %rcx; out %al, $0xe0");
+CONTRACT_TEST(Time, TheTscRises) {
+  auto guest = test.guest();
+  const auto regs = guest->result(Mode::long64, two_stamps);
+  EXPECT_GT(regs.rcx, regs.rbx);
+}
+
+CONTRACT_TEST(Time, TheTscIsWhereTheVmmSetsIt) {
+  auto guest = test.guest();
+  guest->load(two_stamps);
+  guest->enter(Mode::long64);
+  const uint64_t value = 0x100000000000;
+  const kvm_msr_entry tsc{.index = 0x10, .data = value};
+  ASSERT_EQ(guest->vcpu().set_msrs({&tsc, 1}), 1u);
+  guest->finish();
+  if (guest->vcpu().regs().rbx < value)
+    test.deviates("the guest's RDTSC shows the host's TSC, not the one that was set");
+  EXPECT_LT(guest->vcpu().regs().rbx, value + 60ull * 6'000'000'000) << "less than a minute later";
+}
+
+GUEST_CODE(write_tsc, 64, "mov $0x10, %ecx; xor %eax, %eax; mov $0x5000, %edx; wrmsr; rdtsc; out %al, $0xe0");
+CONTRACT_TEST(Time, TheGuestMaySetItsTsc) {
+  auto guest = test.guest();
+  const uint64_t high = guest->result(Mode::long64, write_tsc).rdx;
+  if (high != 0x5000) test.deviates("the guest's RDTSC does not show the TSC that it wrote");
+}
+
+GUEST_CODE(adjust_tsc, 64,
+           "rdtsc; mov %edx, %ebx; mov $0x3b, %ecx; xor %eax, %eax; mov $0x100, %edx; wrmsr; rdtsc; sub "
+           "%ebx, %edx; out %al, $0xe0");
+CONTRACT_TEST(Time, TscAdjustMovesTheTsc) {
+  test.needs_cpuid(7, &kvm_cpuid_entry2::ebx, 1, "TSC_ADJUST");
+  auto guest = test.guest();
+  const auto regs = guest->result(Mode::long64, adjust_tsc);
+  if (regs.rdx < 0x100) test.deviates("the guest's RDTSC does not follow TSC_ADJUST");
+  EXPECT_LE(regs.rdx, 0x101u);
+}
+
+CONTRACT_TEST(Time, TheTscsFrequencyIsItsMeasuredOne) {
+  auto guest = test.guest();
+  const double khz = guest->vcpu().tsc_khz();
+  ASSERT_GT(khz, 0);
+  const auto stamp = [&] {
+    kvm_msr_entry tsc{.index = 0x10};
+    guest->vcpu().msrs({&tsc, 1});
+    return tsc.data;
+  };
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  const uint64_t first = stamp();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  const uint64_t last = stamp();
+  const double milliseconds = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+  EXPECT_NEAR(static_cast<double>(last - first) / milliseconds, khz, khz * 0.1);
+}
+
+GUEST_CODE(disabled_tsc, 64, "rdtsc; out %al, $0xe0");
+CONTRACT_TEST(Time, Cr4TsdForbidsTheTscToUserCode) {
+  auto guest = test.guest();
+  guest->load(disabled_tsc);
+  guest->enter(Mode::long64);
+  auto sregs = guest->vcpu().sregs();
+  sregs.cr4 |= 4;
+  guest->vcpu().set_sregs(sregs);
+  guest->to_user();
+  const Trap trap = guest->trap();
+  if (trap.rip != code_gpa) test.deviates("RDTSC at CPL 3 runs although CR4.TSD is set");
+  EXPECT_EQ(trap.vector, 13u);
+}
+
+CONTRACT_TEST(Time, TheClockRunsFromWhereItIsSet) {
+  auto guest = test.guest();
+  kvm_clock_data clock{};
+  clock.clock = 1'000'000'000'000;
+  guest->vm().set_clock(clock);
+  const uint64_t now = guest->vm().clock().clock;
+  EXPECT_GE(now, clock.clock);
+  EXPECT_LT(now, clock.clock + 5'000'000'000);
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  EXPECT_GE(guest->vm().clock().clock, now + 5'000'000);
+}
+
+struct TimeInfo {  // pvclock_vcpu_time_info (kernel Documentation/virt/kvm/x86/msr.rst,
+                   // MSR_KVM_SYSTEM_TIME_NEW)
+  uint32_t version, pad0;
+  uint64_t tsc_timestamp, system_time;
+  uint32_t tsc_to_system_mul;
+  int8_t tsc_shift;
+  uint8_t flags, pad[2];
+};
+
+GUEST_CODE(kvmclock, 64,
+           "mov $0x4b564d01, %ecx; mov $0x50001, %eax; xor %edx, %edx; wrmsr; nop; rdtsc; shl $32, %rdx; or "
+           "%rdx, %rax; out %al, $0xe0");
+CONTRACT_TEST(Time, KvmclockTellsTheVmsClock) {
+  auto guest = test.guest();
+  kvm_clock_data clock{};
+  clock.clock = 5'000'000'000;
+  guest->vm().set_clock(clock);
+  guest->result(Mode::long64, kvmclock);
+  const auto info = guest->at<TimeInfo>(0x50000);
+  EXPECT_EQ(info.version % 2, 0u) << "no update under way";
+  EXPECT_GT(info.version, 0u);
+  EXPECT_NE(info.tsc_to_system_mul, 0u);
+  // The guest's own reckoning, from its TSC.
+  const uint64_t tsc = guest->vcpu().regs().rax;
+  uint64_t delta = tsc - info.tsc_timestamp;
+  delta = info.tsc_shift >= 0 ? delta << info.tsc_shift : delta >> -info.tsc_shift;
+  // The product has up to 96 bits; 53 of them are enough here.
+  const auto passed =
+      static_cast<uint64_t>(static_cast<double>(delta) * info.tsc_to_system_mul / 4294967296.0);
+  const uint64_t now = info.system_time + passed;
+  EXPECT_GE(now, 5'000'000'000u);
+  EXPECT_LT(now, 10'000'000'000u);
+}
+
+GUEST_CODE(wall_clock, 64,
+           "mov $0x4b564d00, %ecx; mov $0x50100, %eax; xor %edx, %edx; wrmsr; nop; out %al, $0xe0");
+CONTRACT_TEST(Time, TheWallClockOfTheBootIsTold) {
+  auto guest = test.guest();
+  guest->result(Mode::long64, wall_clock);
+  const auto seconds = static_cast<int64_t>(guest->at<uint32_t>(0x50104));
+  const auto now =
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch());
+  // Wall time at which the VM's clock was 0, which a fresh VM's was just now.
+  EXPECT_NEAR(static_cast<double>(seconds), static_cast<double>(now.count()), 5);
+}
+
+}  // namespace
+}  // namespace lodge::contract
