@@ -36,7 +36,8 @@ void IoEventfds::set(const kvm_ioeventfd& request) {
               .fd = {}};
   const auto same_value = [&](const Entry& other) { return other.datamatch == entry.datamatch; };
   const std::unique_lock lock(mutex_);
-  const auto [first, last] = std::ranges::equal_range(entries_, entry.address, {}, &Entry::address);
+  const auto first = std::ranges::lower_bound(entries_, entry.address, {}, &Entry::address);
+  const auto last = std::ranges::upper_bound(entries_, entry.address, {}, &Entry::address);
   if ((request.flags & KVM_IOEVENTFD_FLAG_DEASSIGN) != 0) {
     const auto found = std::find_if(first, last, [&](const Entry& other) {
       return other.pio == entry.pio && other.identity == entry.identity && other.size == entry.size &&

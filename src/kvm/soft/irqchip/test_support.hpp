@@ -1,11 +1,15 @@
-// What the tests of the interrupt hardware share: a vCPU that only records what reaches it.
+// What the tests of the interrupt hardware share: a vCPU that only records what reaches it, and requests.
 #pragma once
+
+#include <linux/kvm.h>
+#include <poll.h>
 
 #include <atomic>
 #include <cstdint>
-#include <vector>
+#include <system_error>
 
 #include "base/clock.hpp"
+#include "base/fd.hpp"
 #include "kvm/soft/irqchip/vcpu_port.hpp"
 
 namespace lodge::kvm::soft {
@@ -14,7 +18,16 @@ namespace lodge::kvm::soft {
 class FakePort final : public VcpuPort {
  public:
   explicit FakePort(Clock& clock) : clock_(clock), start_(clock.now()) {}
-  void interrupt_changed() noexcept override { ++changes; }
+  void interrupt_changed() noexcept override {
+    ++changes;
+    signal_event(wake_.get());
+  }
+  int event() const { return wake_.get(); }
+  // Waits until interrupt_changed() was called since the last wait. False after 20 seconds.
+  bool wait() {
+    pollfd poll{wake_.get(), POLLIN, 0};
+    return ::poll(&poll, 1, 20'000) == 1 && take_event(wake_.get()) != 0;
+  }
   void nmi() noexcept override { ++nmis; }
   void smi() noexcept override { ++smis; }
   void init() noexcept override { ++inits; }
@@ -31,6 +44,38 @@ class FakePort final : public VcpuPort {
  private:
   Clock& clock_;
   uint64_t start_;
+  Fd wake_ = Fd::event();
 };
+
+inline kvm_irq_routing_entry chip_route(uint32_t gsi, uint32_t chip, uint32_t pin) {
+  kvm_irq_routing_entry entry{};
+  entry.gsi = gsi;
+  entry.type = KVM_IRQ_ROUTING_IRQCHIP;
+  entry.u.irqchip.irqchip = chip;
+  entry.u.irqchip.pin = pin;
+  return entry;
+}
+
+inline kvm_irq_routing_entry msi_route(uint32_t gsi, uint32_t data, uint32_t address_lo = 0xfee00000,
+                                       uint32_t address_hi = 0) {
+  kvm_irq_routing_entry entry{};
+  entry.gsi = gsi;
+  entry.type = KVM_IRQ_ROUTING_MSI;
+  entry.u.msi.address_lo = address_lo;
+  entry.u.msi.address_hi = address_hi;
+  entry.u.msi.data = data;
+  return entry;
+}
+
+// The errno that `call` throws, or 0.
+template <class Call>
+int error_of(Call&& call) {
+  try {
+    call();
+  } catch (const std::system_error& error) {
+    return error.code().value();
+  }
+  return 0;
+}
 
 }  // namespace lodge::kvm::soft
