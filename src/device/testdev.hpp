@@ -37,7 +37,7 @@ class Testdev final : public Savable {
                             memory_size = 0x10000;  // answers as MMIO, keeps its contents
 
   // `line` gives the interrupt input of a GSI from 0 to 23, alive as long as this device.
-  Testdev(machine::GuestMemory& ram, std::function<machine::Interrupt&(unsigned gsi)> line);
+  Testdev(machine::GuestMemory& ram, const std::function<machine::Interrupt&(unsigned gsi)>& line);
 
   machine::RegisterWindow& echo_window() noexcept { return echo_; }
   machine::RegisterWindow& flush_window() noexcept { return flush_; }
