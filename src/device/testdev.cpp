@@ -21,7 +21,7 @@ uint64_t mask(unsigned size) {
 
 }  // namespace
 
-Testdev::Testdev(machine::GuestMemory& ram, std::function<machine::Interrupt&(unsigned gsi)> line)
+Testdev::Testdev(machine::GuestMemory& ram, const std::function<machine::Interrupt&(unsigned gsi)>& line)
     : ram_(ram) {
   for (unsigned gsi = 0; gsi < irq_size; gsi++) lines_[gsi] = &line(gsi);
   state_.memory.resize(memory_size);
