@@ -8,6 +8,7 @@
 #include "base/error.hpp"
 #include "kvm/host/host.hpp"
 #include "kvm/host/probe.hpp"
+#include "kvm/soft/soft.hpp"
 
 namespace lodge::contract {
 namespace {
@@ -46,6 +47,7 @@ std::unique_ptr<kvm::System> open_host() {
 std::vector<Accelerator> accelerators() {
   return {
       {"kvm", open_host},
+      {"soft", kvm::soft::open},
   };
 }
 

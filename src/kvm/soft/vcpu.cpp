@@ -157,6 +157,9 @@ void SoftVcpu::publish(int status) noexcept {
 }
 
 int SoftVcpu::loop() noexcept {
+  // An exception that KVM_SET_VCPU_EVENTS gave. Not a debugger's affair: it may be what the debugger hands back.
+  if (cpu_.pending.valid && !alone_next_)
+    if (const Outcome outcome = deliver(deliver_exception(cpu_)); outcome.leave) return outcome.status;
   for (;;) {
     if (cpu_.request.load(std::memory_order_relaxed) != 0 || interrupt_waiting_ || nmi_pending_ || external_ >= 0 ||
         run_->request_interrupt_window != 0) {
@@ -341,6 +344,7 @@ Outcome SoftVcpu::after_stop() noexcept {
       run_->eoi.vector = static_cast<uint8_t>(std::exchange(eoi_exit_, -1));
       return exit_with(KVM_EXIT_IOAPIC_EOI);
     }
+    if (std::exchange(tpr_lowered_, false)) return exit_with(KVM_EXIT_SET_TPR);
     return leave_with(0);
   }
   if (cpu_.run_alone) {

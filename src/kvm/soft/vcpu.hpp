@@ -206,6 +206,7 @@ class SoftVcpu final : public Vcpu, private Platform {
   enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none;
   bool mmio_asked_ = false;
   int eoi_exit_ = -1;
+  bool tpr_lowered_ = false;  // to be told by KVM_EXIT_SET_TPR
 
   uint32_t tsc_khz_;
   std::atomic<uint64_t> tsc_offset_{0};

@@ -53,8 +53,9 @@ uint8_t SoftVcpu::tpr() noexcept { return lapic_ != nullptr ? lapic_->cr8() : cp
 void SoftVcpu::set_tpr(uint8_t value) noexcept {
   if (lapic_ != nullptr)
     lapic_->set_cr8(value);
-  else
-    cpu_.cr8 = value;
+  // The VMM's own interrupt controller may now have something to deliver.
+  else if (value < cpu_.cr8)
+    cpu_.leave_run = tpr_lowered_ = true;
 }
 
 bool SoftVcpu::apic_enabled() noexcept {

@@ -129,8 +129,8 @@ bool set_cr4(Cpu& cpu, uint64_t value) noexcept {
 
 bool set_cr8(Cpu& cpu, uint64_t value) noexcept {
   if (value > 15) return refuse(cpu);
+  cpu.platform().set_tpr(static_cast<uint8_t>(value));  // compares with the old value
   cpu.cr8 = static_cast<uint8_t>(value);
-  cpu.platform().set_tpr(static_cast<uint8_t>(value));
   return true;
 }
 
