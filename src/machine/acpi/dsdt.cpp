@@ -27,9 +27,9 @@ Code processors(const Config& config) {
 
 // Which PCI Express features the system may drive itself. All of them: there is no firmware that would.
 Code osc() {
-  constexpr uint64_t hotplug = 1, pme = 4, aer = 8, capability = 0x10;
+  constexpr uint64_t hotplug = 1, pme = 4, aer = 8, capability = 0x10, latency_tolerance = 0x20;
   constexpr uint64_t unrecognized_uuid = 4, unrecognized_revision = 8, masked = 0x10;
-  const Code granted = integer(hotplug | pme | aer | capability);
+  const Code granted = integer(hotplug | pme | aer | capability | latency_tolerance);
   return method(
       "_OSC", 4,
       {dword_field(arg(3), integer(0), "CDW1"),
@@ -104,12 +104,12 @@ Terms isa_devices(const Config& config) {
   return devices;
 }
 
-// The specification wants the ECAM window reserved here besides E820, and Linux complains when it is not.
+// The specification wants the ECAM window reserved here besides E820, and Linux complains when it is not. The
+// power management ports are not listed: they are claimed through the LPC bridge's ACPI base register.
 Code motherboard() {
   return isa_device(
       "MBRD", "PNP0C02", 0,
       {memory32(static_cast<uint32_t>(layout::ecam_base), static_cast<uint32_t>(layout::ecam_size)),
-       io_ports(layout::acpi_pm_base, static_cast<uint8_t>(layout::acpi_pm_size)),
        io_ports(layout::smi_command_port, 2)});
 }
 

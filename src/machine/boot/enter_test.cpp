@@ -6,6 +6,7 @@
 #include <system_error>
 
 #include "kvm/host/host.hpp"
+#include "kvm/soft/soft.hpp"
 #include "machine/boot/boot.hpp"
 #include "machine/boot/test_kernels.hpp"
 #include "machine/layout.hpp"
@@ -61,11 +62,11 @@ namespace {
 using namespace test_kernels;
 constexpr uint64_t MiB = layout::MiB;
 
-class EnterTest : public testing::Test {
+class EnterTest : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     try {
-      system_ = kvm::host::open();
+      system_ = GetParam() == std::string("kvm") ? kvm::host::open() : kvm::soft::open();
     } catch (const std::system_error& error) {
       GTEST_SKIP() << error.what();
     }
@@ -107,7 +108,7 @@ class EnterTest : public testing::Test {
   std::unique_ptr<kvm::System> system_;
 };
 
-TEST_F(EnterTest, LongModeRunsWithBootParameters) {
+TEST_P(EnterTest, LongModeRunsWithBootParameters) {
   BootState state;
   const Data kernel =
       with_code(elf64({.paddr = MiB, .vaddr = MiB, .entry = MiB}), {long_guest, long_guest_end});
@@ -115,7 +116,7 @@ TEST_F(EnterTest, LongModeRunsWithBootParameters) {
   EXPECT_THAT(reports, testing::ElementsAre(static_cast<uint32_t>(state.regs.rsi), 0x53726448u, 0x77u, 1u));
 }
 
-TEST_F(EnterTest, PvhRunsWithStartInformation) {
+TEST_P(EnterTest, PvhRunsWithStartInformation) {
   BootState state;
   const Data kernel = with_code(elf64({.paddr = MiB, .entry = MiB, .pvh_entry = MiB}),
                                 {protected_guest, protected_guest_end});
@@ -123,7 +124,7 @@ TEST_F(EnterTest, PvhRunsWithStartInformation) {
   EXPECT_THAT(reports, testing::ElementsAre(0u, static_cast<uint32_t>(state.regs.rbx), 0x336ec578u, 0x77u));
 }
 
-TEST_F(EnterTest, MultibootRunsWithItsInformation) {
+TEST_P(EnterTest, MultibootRunsWithItsInformation) {
   BootState state;
   Data kernel = elf32({.paddr = MiB, .entry = MiB + 16, .multiboot_flags = 0});
   std::copy(protected_guest, protected_guest_end, kernel.begin() + 1024 + 16);
@@ -131,6 +132,9 @@ TEST_F(EnterTest, MultibootRunsWithItsInformation) {
   EXPECT_THAT(reports,
               testing::ElementsAre(0x2badb002u, static_cast<uint32_t>(state.regs.rbx), 0x245u, 0x77u));
 }
+
+INSTANTIATE_TEST_SUITE_P(Accelerators, EnterTest, testing::Values("kvm", "soft"),
+                         [](const auto& instance) { return std::string(instance.param); });
 
 }  // namespace
 }  // namespace lodge::machine::boot
