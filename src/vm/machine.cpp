@@ -23,7 +23,8 @@ constexpr uint32_t gsi_count = 24, keyboard_irq = 1, mouse_irq = 12;
 constexpr unsigned lapic_lvt_lint0 = 0x350, lapic_lvt_lint1 = 0x360;
 constexpr uint32_t lvt_extint = 0x700, lvt_nmi = 0x400, lvt_masked = 0x10000;
 
-constexpr uint32_t msr_misc_enable = 0x1a0, msr_mtrr_def_type = 0x2ff;
+constexpr uint32_t msr_misc_enable = 0x1a0, msr_mtrr_def_type = 0x2ff, msr_amd_hwcr = 0xc001'0015;
+constexpr uint64_t hwcr_tsc_freq_sel = 1u << 24;  // the TSC counts at P0's frequency
 constexpr uint64_t misc_enable_fast_string = 1;
 // Enabled, write-back by default: what is no RAM is left to the guest's page attributes, as KVM machines do.
 constexpr uint64_t mtrr_write_back = 0x800 | 6;
@@ -38,9 +39,11 @@ void set_up_vcpu(kvm::Vcpu& vcpu, bool boot_processor) {
   set_lvt(lapic, lapic_lvt_lint0, boot_processor ? lvt_extint : lvt_extint | lvt_masked);
   set_lvt(lapic, lapic_lvt_lint1, lvt_nmi);
   vcpu.set_lapic(lapic);
-  // One by one: an accelerator without the one (an AMD host has no IA32_MISC_ENABLE) still gets the other.
+  // One by one: what a processor does not have (Intel and AMD differ here) it refuses, and the others still
+  // count.
   for (const auto& [index, value] :
-       {std::pair{msr_misc_enable, misc_enable_fast_string}, std::pair{msr_mtrr_def_type, mtrr_write_back}}) {
+       {std::pair{msr_misc_enable, misc_enable_fast_string}, std::pair{msr_mtrr_def_type, mtrr_write_back},
+        std::pair{msr_amd_hwcr, hwcr_tsc_freq_sel}}) {
     kvm_msr_entry entry{};
     entry.index = index, entry.data = value;
     vcpu.set_msrs({&entry, 1});

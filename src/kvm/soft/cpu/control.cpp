@@ -140,6 +140,7 @@ uint64_t valid_efer(const Features& features) noexcept {
   if ((features.ext1_edx & cpuid_ext_edx::lm) != 0) valid |= efer::lme | efer::lma;
   if ((features.ext1_edx & cpuid_ext_edx::nx) != 0) valid |= efer::nxe;
   if ((features.ext1_edx & cpuid_ext_edx::fxsr_opt) != 0) valid |= efer::ffxsr;
+  if ((features.query(0x8000'0021, 0).eax & cpuid_ext21_eax::auto_ibrs) != 0) valid |= efer::autoibrs;
   return valid;
 }
 

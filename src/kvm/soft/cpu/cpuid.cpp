@@ -204,8 +204,9 @@ void add_extended(Builder& builder, bool amd) {
       builder.add(0x8000'001d, index, cache);
     }
   }
-  // LFENCE serializes; null selectors clear the base.
-  builder.add(0x8000'0021, {1u << 2 | 1u << 6, 0, 0, 0});
+  // LFENCE serializes; null selectors clear the base. Guest code is interpreted, so the guest's branches never train
+  // the host's predictors: automatic IBRS, SRSO_NO, TSA_SQ_NO and TSA_L1_NO spare guests their mitigations.
+  builder.add(0x8000'0021, {1u << 2 | 1u << 6 | cpuid_ext21_eax::auto_ibrs | 1u << 29, 0, 1u << 1 | 1u << 2, 0});
 }
 
 }  // namespace

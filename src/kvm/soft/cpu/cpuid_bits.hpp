@@ -64,6 +64,9 @@ namespace cpuid_ext8_ebx {  // 0x80000008
 inline constexpr uint32_t clzero = 1u << 0, xsaveerptr = 1u << 2, rdpru = 1u << 4, wbnoinvd = 1u << 9,
                           ibpb = 1u << 12, ibrs = 1u << 14, stibp = 1u << 15, amd_ssbd = 1u << 24;
 }
+namespace cpuid_ext21_eax {  // 0x80000021
+inline constexpr uint32_t auto_ibrs = 1u << 8;
+}
 namespace kvm_feature {  // 0x40000001
 inline constexpr uint32_t clocksource = 1u << 0, nop_io_delay = 1u << 1, clocksource2 = 1u << 3,
                           async_pf = 1u << 4, steal_time = 1u << 5, pv_eoi = 1u << 6, pv_unhalt = 1u << 7,

@@ -99,6 +99,8 @@ enum Index : uint32_t {
   amd_de_cfg = 0xc001'1029,
 };
 
+// The TSC counts at the frequency of P0: without it Linux complains about the firmware.
+constexpr uint64_t hwcr_tsc_freq_sel = 1u << 24;
 // IA32_ARCH_CAPABILITIES is not offered by host_cpuid; a VMM may offer it with this value: nothing of the
 // interpreter speculates on the guest's behalf.
 constexpr uint64_t arch_capabilities = 1u << 0 | 1u << 3 | 1u << 5 | 1u << 6 | 1u << 8;
@@ -197,7 +199,6 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case ia32_bios_updt_trig:
     case rapl_power_unit:
     case amd_syscfg:
-    case amd_hwcr:
     case amd_top_mem2:
     case amd_nb_cfg:
     case amd_patch_loader:
@@ -211,6 +212,7 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case amd_dc_cfg:
     case amd_bu_cfg2: return true;
     case amd_top_mem: value = 0; return true;
+    case amd_hwcr: value = hwcr_tsc_freq_sel; return true;
     case amd_de_cfg: value = de_cfg_lfence_serializing; return true;
     case ia32_perf_status: value = 1000; return true;
     case bbl_cr_ctl3: value = 0xbe70'2111; return true;

@@ -61,7 +61,8 @@ inline constexpr uint64_t vme = 1, pvi = 2, tsd = 4, de = 8, pse = 0x10, pae = 0
                           smap = 0x20'0000, pke = 0x40'0000;
 }
 namespace efer {
-inline constexpr uint64_t sce = 1, lme = 0x100, lma = 0x400, nxe = 0x800, ffxsr = 0x4000;
+inline constexpr uint64_t sce = 1, lme = 0x100, lma = 0x400, nxe = 0x800, ffxsr = 0x4000,
+                          autoibrs = 0x20'0000;
 }
 
 // x87, SSE, AVX, AVX-512 and protection keys. `fx` is in FXSAVE64 layout and is the home of x87/MMX (ST/MM,
