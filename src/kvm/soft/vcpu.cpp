@@ -161,8 +161,8 @@ int SoftVcpu::loop() noexcept {
   if (cpu_.pending.valid && !alone_next_)
     if (const Outcome outcome = deliver(deliver_exception(cpu_)); outcome.leave) return outcome.status;
   for (;;) {
-    if (cpu_.request.load(std::memory_order_relaxed) != 0 || interrupt_waiting_ || nmi_pending_ || external_ >= 0 ||
-        run_->request_interrupt_window != 0) {
+    recheck_ = interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0;
+    if (cpu_.request.load(std::memory_order_relaxed) != 0 || recheck_) {
       if (const Outcome outcome = service(); outcome.leave) return outcome.status;
     }
     Outcome outcome;
@@ -171,7 +171,7 @@ int SoftVcpu::loop() noexcept {
     else if (alone_next_ || cpu_.slow || cpu_.interrupt_shadow)
       outcome = run_alone();
     else
-      outcome = run_block();
+      outcome = run_blocks();
     if (outcome.leave) return outcome.status;
   }
 }
@@ -260,16 +260,36 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
   return go_on;
 }
 
-Outcome SoftVcpu::run_block() noexcept {
-  Block* block = lookup();
-  if (block == nullptr) return after_stop();
-  cpu_.gpr[gpr_rip] = cpu_.rip;
-  cpu_.block = block;
-  const Op* first = block->ops.data();
-  first->handler(cpu_, first);
+Outcome SoftVcpu::run_blocks() noexcept {
+  const Segment& cs = cpu_.segment[seg_cs];
+  do {
+    // A page of code was written to: what the jump table says has to be looked up anew.
+    if (const uint32_t epoch = vm_.code_epoch().load(std::memory_order_acquire); epoch != seen_code_epoch_) {
+      seen_code_epoch_ = epoch;
+      ++cpu_.flushes;
+    }
+    const bool wide = cpu_.mode() == Mode::bits64;
+    const uint64_t linear = wide ? cpu_.rip : static_cast<uint32_t>(cs.base + cpu_.rip);
+    JumpEntry& jump = (*jumps_)[jump_hash(linear)];
+    Block* block = jump.block;
+    if (__builtin_expect(jump.linear != linear || jump.key != cpu_.decode_key || jump.flushes != cpu_.flushes ||
+                             (!wide && cpu_.rip + block->bytes - 1 > cs.limit),
+                         0)) {
+      block = lookup_slowly(linear, cpu_.decode_key);
+      if (block == nullptr) return after_stop();
+      jump = {.linear = linear, .key = cpu_.decode_key, .flushes = cpu_.flushes, .block = block};
+    }
+    cpu_.gpr[gpr_rip] = cpu_.rip;
+    cpu_.block = block;
+    const Op* first = block->ops.data();
+    first->handler(cpu_, first);
+    instructions_ += block->instructions;
+    if (__builtin_expect(cpu_.stops != 0 || cpu_.pending.valid, 0)) {
+      cpu_.block = nullptr;
+      return after_stop();
+    }
+  } while (cpu_.request.load(std::memory_order_relaxed) == 0 && !recheck_);
   cpu_.block = nullptr;
-  instructions_ += block->instructions;
-  if (__builtin_expect(cpu_.interrupted_access() || cpu_.leave_run, 0)) return after_stop();
   return go_on;
 }
 
@@ -294,7 +314,7 @@ Outcome SoftVcpu::run_alone() noexcept {
   }
   const uint64_t linear =
       cpu_.mode() == Mode::bits64 ? cpu_.rip : static_cast<uint32_t>(cpu_.segment[seg_cs].base + cpu_.rip);
-  single_ = decode(linear, decode_key(cpu_), 1);
+  single_ = decode(linear, cpu_.decode_key, 1);
   if (!single_) {
     alone_next_ = false;
     return after_stop();
@@ -332,7 +352,8 @@ Outcome SoftVcpu::run_alone() noexcept {
   return go_on;
 }
 
-// A block or an instruction ended with more than a new RIP.
+// A block or an instruction ended with more than a new RIP (or only with a halt or an interrupt shadow: the loop sees
+// those itself).
 Outcome SoftVcpu::after_stop() noexcept {
   if (fetch_failed_) {
     fetch_failed_ = false;

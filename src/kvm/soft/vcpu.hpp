@@ -134,7 +134,7 @@ class SoftVcpu final : public Vcpu, private Platform {
   Outcome inject() noexcept;
   Outcome wait_while_halted() noexcept;
   bool wakes() noexcept;
-  Outcome run_block() noexcept;
+  Outcome run_blocks() noexcept;
   Outcome run_alone() noexcept;
   Outcome after_stop() noexcept;
   Outcome deliver(Delivery delivery) noexcept;
@@ -149,7 +149,9 @@ class SoftVcpu final : public Vcpu, private Platform {
   void publish(int status) noexcept;
 
   // Decoding (vcpu_fetch.cpp)
-  Block* lookup() noexcept;
+  static unsigned jump_hash(uint64_t linear) noexcept {
+    return static_cast<unsigned>(linear ^ linear >> 12) % jump_entries;
+  }
   Block* lookup_slowly(uint64_t linear, uint32_t key) noexcept;
   std::unique_ptr<Block> decode(uint64_t linear, uint32_t key, unsigned limit) noexcept;
   // Host address of the code at `linear`; marks its page as code. 0: an exception is pending, or stop_ is set.
@@ -187,6 +189,8 @@ class SoftVcpu final : public Vcpu, private Platform {
   std::atomic<bool> sleeping_{false};
 
   // Events.
+  bool recheck_ = false;            // some event below waits until the guest can take it
+  uint32_t seen_code_epoch_ = 0;
   bool interrupt_waiting_ = false;  // the irqchip may have a vector for us
   bool nmi_pending_ = false;
   int external_ = -1;  // vector of KVM_INTERRUPT, without LAPIC

@@ -11,23 +11,7 @@ namespace {
 constexpr unsigned max_block_instructions = 64;
 constexpr unsigned max_instruction_bytes = 15;
 
-unsigned jump_hash(uint64_t linear) noexcept { return static_cast<unsigned>(linear ^ linear >> 12 ^ linear >> 24); }
-
 }  // namespace
-
-Block* SoftVcpu::lookup() noexcept {
-  const Segment& cs = cpu_.segment[seg_cs];
-  const bool wide = cpu_.mode() == Mode::bits64;
-  const uint64_t linear = wide ? cpu_.rip : static_cast<uint32_t>(cs.base + cpu_.rip);
-  const uint32_t key = decode_key(cpu_);
-  JumpEntry& jump = (*jumps_)[jump_hash(linear) % jump_entries];
-  if (jump.linear == linear && jump.key == key && jump.flushes == cpu_.flushes && jump.block->fresh() &&
-      (wide || cpu_.rip + jump.block->bytes - 1 <= cs.limit))
-    return jump.block;
-  Block* block = lookup_slowly(linear, key);
-  if (block != nullptr) jump = {.linear = linear, .key = key, .flushes = cpu_.flushes, .block = block};
-  return block;
-}
 
 Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   const Segment& cs = cpu_.segment[seg_cs];
@@ -58,8 +42,10 @@ Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   }
   std::unique_ptr<Block> fresh = decode(linear, key, max_block_instructions);
   if (!fresh) return nullptr;
-  ++cpu_.flushes;  // pointers of the jump table to the block that is replaced, or to all of a full cache
-  return blocks_.insert(std::move(fresh));
+  bool dropped = false;
+  block = blocks_.insert(std::move(fresh), dropped);
+  if (dropped) ++cpu_.flushes;  // the jump table may point there
+  return block;
 }
 
 uint64_t SoftVcpu::fetch_page(uint64_t linear, Block& block, unsigned which) noexcept {

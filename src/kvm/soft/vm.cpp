@@ -65,7 +65,7 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
   for (const auto& slot : map->slots)
     if (region.guest_phys_addr < slot->gpa + slot->size && slot->gpa < region.guest_phys_addr + region.memory_size)
       throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, slot->id));
-  auto slot = std::make_shared<Slot>(region);
+  auto slot = std::make_shared<Slot>(region, code_epoch_);
   const auto place = std::upper_bound(map->slots.begin(), map->slots.end(), slot,
                                       [](auto& a, auto& b) { return a->gpa < b->gpa; });
   map->slots.insert(place, std::move(slot));

@@ -53,6 +53,7 @@ class SoftVm final : public Vm {
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
   uint64_t kvmclock_ns() const noexcept { return clock_.now() + clock_offset_.load(std::memory_order_relaxed); }
   std::shared_ptr<const MemoryMap> memory() noexcept;
+  const std::atomic<uint32_t>& code_epoch() const noexcept { return code_epoch_; }
   // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self` keeps
   // acknowledging what others ask of it meanwhile.
   void shoot_down(SoftVcpu& self, uint64_t host_page) noexcept;
@@ -70,6 +71,7 @@ class SoftVm final : public Vm {
   IoEventfds ioeventfds_;
   std::mutex split_lock_;
 
+  std::atomic<uint32_t> code_epoch_{0};
   std::mutex slots_mutex_;  // one slot change at a time
   std::mutex map_mutex_;    // guards map_ itself
   std::shared_ptr<const MemoryMap> map_;

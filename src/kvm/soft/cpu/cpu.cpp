@@ -1,6 +1,7 @@
 #include "kvm/soft/cpu/cpu.hpp"
 
 #include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/interpret/op.hpp"
 
 namespace lodge::kvm::soft {
@@ -72,6 +73,7 @@ void Cpu::state_changed() noexcept {
       ((active_dr7() >> (16 + 4 * i) & 3) == 0 ? code_breakpoints : watchpoints) = true;
     }
   tlb = &(*tlb_sets)[watchpoints || alignment_checks ? 3 : view()];
+  decode_key = soft::decode_key(*this);
   slow = (system_flags & flag::tf) != 0 || code_breakpoints || debug_step;
 }
 

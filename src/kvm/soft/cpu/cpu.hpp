@@ -75,8 +75,7 @@ class Cpu : public CpuState {
   Cpu(const Cpu&) = delete;
   Cpu& operator=(const Cpu&) = delete;
 
-  // --- registers
-  // ---------------------------------------------------------------------------------------------------
+  // --- registers ---
   template <class T>
   T& reg(
       uint8_t byte_offset) noexcept {  // by Op::dst, Op::src; writing 4 bytes does NOT clear the upper half
@@ -112,8 +111,7 @@ class Cpu : public CpuState {
   uint64_t this_rip(const Op& op) const noexcept;
   uint64_t next_rip(const Op& op) const noexcept;
 
-  // --- exceptions
-  // --------------------------------------------------------------------------------------------------
+  // --- exceptions ---
   struct PendingException {
     bool valid = false;
     Exception vector{};
@@ -129,8 +127,8 @@ class Cpu : public CpuState {
   bool raise_debug(uint64_t dr6_bits) noexcept;
   PendingException pending;
 
-  // --- guest memory, by linear address
-  // ----------------------------------------------------------------------------- With the rights of the
+  // --- guest memory, by linear address ---
+  // With the rights of the
   // present CPL (and AC). A page-crossing access faults before it changes anything. A non-canonical address
   // raises #GP(0).
   template <class T>
@@ -171,14 +169,13 @@ class Cpu : public CpuState {
   uint64_t stack_mask() const noexcept;             // 0xffff, 0xffffffff or all ones
   void set_stack_pointer(uint64_t value) noexcept;  // within the stack's width; 32 bits clear the upper half
 
-  // --- guest memory, by guest-physical address
-  // --------------------------------------------------------------------- RAM only; false when it is not
+  // --- guest memory, by guest-physical address ---
+  // RAM only; false when it is not
   // (nothing is raised). Writes mark the dirty log and drop decoded code.
   bool read_physical(uint64_t gpa, void* out, unsigned size) noexcept;
   bool write_physical(uint64_t gpa, const void* data, unsigned size) noexcept;
 
-  // --- translation
-  // -------------------------------------------------------------------------------------------------
+  // --- translation ---
   void flush_tlb(bool keep_global) noexcept;
   void flush_page(uint64_t linear) noexcept;
   // Loads the four PDPTEs of 32-bit PAE paging; false, with #GP(0) raised, when reserved bits are set.
@@ -187,22 +184,27 @@ class Cpu : public CpuState {
   bool translate_debug(uint64_t linear, uint64_t& gpa, bool& writable, bool& user) noexcept;
   std::array<uint64_t, 4> pdptr{};
 
-  // --- interruptibility and requests
-  // -------------------------------------------------------------------------------
+  // --- interruptibility and requests ---
   std::atomic<uint32_t> request{0};
-  bool interrupt_shadow =
-      false;  // after STI or MOV SS: the run loop runs one more instruction, then clears it
+  // What ends the run of blocks, asked all at once through `stops`.
+  __extension__ union {
+    struct {
+      bool interrupt_shadow;  // after STI or MOV SS: the run loop runs one more instruction, then clears it
+      bool halted;            // HLT or MWAIT: the run loop waits for an interrupt
+      bool wants_exit;        // Step::fault means "the VMM must act": the exit is filled in, nothing is pending
+      bool leave_run;         // Step::exit was returned
+      bool run_alone;         // Step::fault means: run the instruction again, alone
+      bool slow;              // one instruction at a time: TF, code breakpoints, guest debugging
+    };
+    uint64_t stops = 0;
+  };
   bool shadow_is_mov_ss = false;  // which of both
   bool nmi_blocked = false;       // until IRET
-  bool halted = false;            // HLT or MWAIT: the run loop waits for an interrupt
-  bool wants_exit = false;  // Step::fault means "the VMM must act": the exit is filled in, nothing is pending
 
-  bool leave_run = false;         // Step::exit was returned
   // True when an access failed: an exception, the VMM or a run alone is wanted.
   bool interrupted_access() const noexcept { return pending.valid || wants_exit || run_alone; }
 
-  // --- identity
-  // ----------------------------------------------------------------------------------------------------
+  // --- identity ---
   unsigned id() const noexcept { return id_; }
   Platform& platform() noexcept { return platform_; }
   Features features;  // what the guest's CPUID offers (KVM_SET_CPUID2)
@@ -213,6 +215,7 @@ class Cpu : public CpuState {
   const Block* block = nullptr;
   // Counts TLB flushes; what was looked up by linear address under another number is stale.
   uint32_t flushes = 1;
+  uint32_t decode_key = 0;  // the modes that decoding depends on; see decoder.hpp
 
   // The TLB set of the present privilege, and all of them: user; supervisor with SMAP enforced; supervisor
   // with AC=1 or without SMAP; and one that is never filled, so that every access takes the slow path
@@ -220,27 +223,23 @@ class Cpu : public CpuState {
   TlbSet* tlb;
   std::unique_ptr<std::array<TlbSet, 4>> tlb_sets;
 
-  // --- derived by state_changed()
-  // ----------------------------------------------------------------------------------
+  // --- derived by state_changed() ---
   bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks
-  bool slow = false;  // one instruction at a time: TF, code breakpoints, guest debugging
   bool alignment_checks = false;
   bool code_breakpoints = false, watchpoints = false;
 
-  // --- guest debugging (KVM_SET_GUEST_DEBUG)
-  // -----------------------------------------------------------------------
+  // --- guest debugging (KVM_SET_GUEST_DEBUG) ---
   bool debug_step = false;             // exit after every instruction
   bool debug_registers = false;        // debug_dr in place of the guest's DR0-3 and DR7
   std::array<uint64_t, 5> debug_dr{};  // DR0-3, DR7
   uint64_t active_dr7() const noexcept { return debug_registers ? debug_dr[4] : dr7; }
   uint64_t active_dr(unsigned i) const noexcept { return debug_registers ? debug_dr[i] : dr[i]; }
 
-  // --- one instruction under observation
-  // --------------------------------------------------------------------------- An access that must not
+  // --- one instruction under observation ---
+  // An access that must not
   // happen in the middle of a block (it would make the running block stale, hits a watchpoint, or replays
   // what the VMM has answered) asks for the instruction to be run again alone.
   bool alone = false;       // the instruction runs alone now
-  bool run_alone = false;   // Step::fault means: run it again, alone
   uint64_t debug_hits = 0;  // DR6 bits of watchpoints that the instruction has met
 
   // Values of the slow memory paths, kept out of local variables so that handlers can end in tail calls.

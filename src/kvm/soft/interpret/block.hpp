@@ -38,7 +38,8 @@ class BlockCache {
     const auto it = blocks_.find(host << 8 ^ key);
     return it == blocks_.end() ? nullptr : it->second.get();
   }
-  Block* insert(std::unique_ptr<Block> block);
+  // `dropped`: pointers to other blocks, got before, are no longer valid.
+  Block* insert(std::unique_ptr<Block> block, bool& dropped);
   void clear() noexcept;
   size_t ops() const noexcept { return ops_; }
   size_t size() const noexcept { return blocks_.size(); }

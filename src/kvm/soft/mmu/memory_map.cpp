@@ -4,21 +4,25 @@
 
 namespace lodge::kvm::soft {
 
-Slot::Slot(const kvm_userspace_memory_region& region)
+Slot::Slot(const kvm_userspace_memory_region& region, std::atomic<uint32_t>& code_epoch)
     : id(region.slot),
       gpa(region.guest_phys_addr),
       size(region.memory_size),
       host(reinterpret_cast<uint8_t*>(region.userspace_addr)),
       read_only((region.flags & KVM_MEM_READONLY) != 0),
       log_dirty((region.flags & KVM_MEM_LOG_DIRTY_PAGES) != 0),
-      code(std::make_unique<std::atomic<uint32_t>[]>(size >> page_shift)) {
+      code(std::make_unique<std::atomic<uint32_t>[]>(size >> page_shift)),
+      code_epoch_(code_epoch) {
   if (log_dirty) dirty = std::make_unique<std::atomic<uint64_t>[]>((size >> page_shift) / 64 + 1);
 }
 
 void Slot::invalidate(uint64_t page) noexcept {
   uint32_t word = code[page].load();
   while ((word & has_code) != 0)
-    if (code[page].compare_exchange_weak(word, (word & ~has_code) + 2)) return;
+    if (code[page].compare_exchange_weak(word, (word & ~has_code) + 2)) {
+      code_epoch_.fetch_add(1);
+      return;
+    }
 }
 
 Slot* MemoryMap::find(uint64_t gpa) const noexcept {

@@ -16,7 +16,8 @@ namespace lodge::kvm::soft {
 // One memory slot with what the accelerator keeps about each of its pages.
 class Slot {
  public:
-  explicit Slot(const kvm_userspace_memory_region& region);
+  // `code_epoch`: of the VM, counts invalidations in all slots; outlives the slot.
+  Slot(const kvm_userspace_memory_region& region, std::atomic<uint32_t>& code_epoch);
 
   const uint32_t id;
   const uint64_t gpa, size;
@@ -42,6 +43,9 @@ class Slot {
   std::unique_ptr<std::atomic<uint32_t>[]> code;
   // Makes all decoded instructions of the page stale.
   void invalidate(uint64_t page) noexcept;
+
+ private:
+  std::atomic<uint32_t>& code_epoch_;
 };
 
 class MemoryMap {
