@@ -138,6 +138,8 @@ int soft_extension(uint32_t capability) noexcept {
   }
 }
 
-std::unique_ptr<System> open() { return std::make_unique<SoftSystem>(); }
+std::unique_ptr<System> open() {
+  return std::make_unique<SoftSystem>();
+}
 
 }  // namespace lodge::kvm::soft

@@ -1,5 +1,5 @@
-// The run loop: blocks until something asks for attention - a request of another thread, an exception, an access for
-// the VMM - then one instruction at a time while that is needed.
+// The run loop: blocks until something asks for attention - a request of another thread, an exception, an
+// access for the VMM - then one instruction at a time while that is needed.
 #include "kvm/soft/vcpu.hpp"
 
 #include <linux/futex.h>
@@ -34,7 +34,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       shared_(Mapping::anonymous(run_size)),
       run_(reinterpret_cast<kvm_run*>(shared_.data())),
       cpu_(*this, id),
-      jumps_(std::make_unique<std::array<JumpEntry, jump_entries>>()),
+      jumps_(std::make_unique<std::array<Block::Link, jump_entries>>()),
       map_(vm.memory()),
       mp_state_(KVM_MP_STATE_RUNNABLE),
       tsc_khz_(vm.tsc_khz()) {
@@ -53,7 +53,8 @@ SoftVcpu::~SoftVcpu() {
   if (lapic_ != nullptr) vm_.interrupts().remove_vcpu(*lapic_);
 }
 
-// --- requests of other threads --------------------------------------------------------------------------------------
+// --- requests of other threads
+// --------------------------------------------------------------------------------------
 
 void SoftVcpu::post(uint32_t bits) noexcept {
   cpu_.request.fetch_or(bits);
@@ -78,7 +79,9 @@ void SoftVcpu::post_code_page(uint64_t host) noexcept {
   post(request::memory);
 }
 
-bool SoftVcpu::flush_acknowledged() noexcept { return !in_guest_.load() || mail_done_.load() == mail_posted_.load(); }
+bool SoftVcpu::flush_acknowledged() noexcept {
+  return !in_guest_.load() || mail_done_.load() == mail_posted_.load();
+}
 
 void SoftVcpu::acknowledge_memory() noexcept {
   if (mail_done_.load() == mail_posted_.load()) return;
@@ -105,7 +108,8 @@ void SoftVcpu::drop_write_tags(uint64_t host_page) noexcept {
       }
 }
 
-// --- run --------------------------------------------------------------------------------------------------------------
+// --- run
+// --------------------------------------------------------------------------------------------------------------
 
 Exit SoftVcpu::run() noexcept {
   finish_exit();
@@ -152,8 +156,9 @@ void SoftVcpu::publish(int status) noexcept {
   run_->if_flag = (cpu_.system_flags & flag::if_) != 0 ? 1 : 0;
   run_->cr8 = tpr();
   run_->apic_base = lapic_ != nullptr ? lapic_->apic_base() : 0;
-  run_->ready_for_interrupt_injection =
-      lapic_ == nullptr ? interrupts_open() && external_ < 0 : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
+  run_->ready_for_interrupt_injection = lapic_ == nullptr
+                                            ? interrupts_open() && external_ < 0
+                                            : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
 }
 
 int SoftVcpu::loop() noexcept {
@@ -262,6 +267,7 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
 
 Outcome SoftVcpu::run_blocks() noexcept {
   const Segment& cs = cpu_.segment[seg_cs];
+  Block* block = nullptr;
   do {
     // A page of code was written to: what the jump table says has to be looked up anew.
     if (const uint32_t epoch = vm_.code_epoch().load(std::memory_order_acquire); epoch != seen_code_epoch_) {
@@ -270,14 +276,20 @@ Outcome SoftVcpu::run_blocks() noexcept {
     }
     const bool wide = cpu_.mode() == Mode::bits64;
     const uint64_t linear = wide ? cpu_.rip : static_cast<uint32_t>(cs.base + cpu_.rip);
-    JumpEntry& jump = (*jumps_)[jump_hash(linear)];
-    Block* block = jump.block;
-    if (__builtin_expect(jump.linear != linear || jump.key != cpu_.decode_key || jump.flushes != cpu_.flushes ||
-                             (!wide && cpu_.rip + block->bytes - 1 > cs.limit),
-                         0)) {
+    const auto matches = [&](const Block::Link& link) {
+      return link.linear == linear && link.flushes == cpu_.flushes && link.key == cpu_.decode_key;
+    };
+    from_flushes_ = cpu_.flushes;
+    if (block != nullptr && matches(block->links[0]))
+      block = block->links[0].block;
+    else if (block != nullptr && matches(block->links[1]))
+      block = block->links[1].block;
+    else
+      block = lookup(linear, block);
+    if (block == nullptr) return after_stop();
+    if (!wide && cpu_.rip + block->bytes - 1 > cs.limit) {
       block = lookup_slowly(linear, cpu_.decode_key);
       if (block == nullptr) return after_stop();
-      jump = {.linear = linear, .key = cpu_.decode_key, .flushes = cpu_.flushes, .block = block};
     }
     cpu_.gpr[gpr_rip] = cpu_.rip;
     cpu_.block = block;
@@ -344,7 +356,8 @@ Outcome SoftVcpu::run_alone() noexcept {
   if (traps && !(cpu_.interrupt_shadow && cpu_.shadow_is_mov_ss)) trap |= 0x4000;  // BS
   if (debug_step && trap == 0) trap |= 0x4000;
   if (trap != 0) {
-    if ((debug_step && !traps) || (cpu_.debug_registers && cpu_.debug_hits != 0)) return debug_exit(trap, Exception::db);
+    if ((debug_step && !traps) || (cpu_.debug_registers && cpu_.debug_hits != 0))
+      return debug_exit(trap, Exception::db);
     cpu_.raise_debug(trap);
     return deliver_pending();
   }
@@ -352,8 +365,8 @@ Outcome SoftVcpu::run_alone() noexcept {
   return go_on;
 }
 
-// A block or an instruction ended with more than a new RIP (or only with a halt or an interrupt shadow: the loop sees
-// those itself).
+// A block or an instruction ended with more than a new RIP (or only with a halt or an interrupt shadow: the
+// loop sees those itself).
 Outcome SoftVcpu::after_stop() noexcept {
   if (fetch_failed_) {
     fetch_failed_ = false;

@@ -30,7 +30,9 @@ struct Outcome {
   int status = 0;
 };
 inline constexpr Outcome go_on{};
-constexpr Outcome leave_with(int status) { return {true, status}; }
+constexpr Outcome leave_with(int status) {
+  return {true, status};
+}
 
 class SoftVcpu final : public Vcpu, private Platform {
  public:
@@ -77,9 +79,9 @@ class SoftVcpu final : public Vcpu, private Platform {
 
   // --- for the VM, any thread ---
   void post(uint32_t bits) noexcept;
-  void post_flush() noexcept;                    // the slot table or the dirty log changed
-  void post_code_page(uint64_t host) noexcept;   // drop write tags of this page
-  bool flush_acknowledged() noexcept;            // or the vCPU is not in the guest
+  void post_flush() noexcept;                   // the slot table or the dirty log changed
+  void post_code_page(uint64_t host) noexcept;  // drop write tags of this page
+  bool flush_acknowledged() noexcept;           // or the vCPU is not in the guest
   // Does what was posted; own thread.
   void acknowledge_memory() noexcept;
 
@@ -152,9 +154,12 @@ class SoftVcpu final : public Vcpu, private Platform {
   static unsigned jump_hash(uint64_t linear) noexcept {
     return static_cast<unsigned>(linear ^ linear >> 12) % jump_entries;
   }
+  // The block at `linear`, by the links of the block that ran before (or null), the jump table, or slowly.
+  Block* lookup(uint64_t linear, Block* from) noexcept;
   Block* lookup_slowly(uint64_t linear, uint32_t key) noexcept;
   std::unique_ptr<Block> decode(uint64_t linear, uint32_t key, unsigned limit) noexcept;
-  // Host address of the code at `linear`; marks its page as code. 0: an exception is pending, or stop_ is set.
+  // Host address of the code at `linear`; marks its page as code. 0: an exception is pending, or stop_ is
+  // set.
   uint64_t fetch_page(uint64_t linear, Block& block, unsigned which) noexcept;
   void drop_write_tags(uint64_t host_page) noexcept;
 
@@ -167,14 +172,8 @@ class SoftVcpu final : public Vcpu, private Platform {
   Decoder decoder_;
   BlockCache blocks_;
   std::unique_ptr<Block> single_;
-  struct JumpEntry {
-    uint64_t linear = 0;
-    uint32_t key = 0;
-    uint32_t flushes = 0;
-    Block* block = nullptr;
-  };
-  static constexpr unsigned jump_entries = 4096;
-  std::unique_ptr<std::array<JumpEntry, jump_entries>> jumps_;
+  static constexpr unsigned jump_entries = 16384;
+  std::unique_ptr<std::array<Block::Link, jump_entries>> jumps_;
   std::shared_ptr<const MemoryMap> map_;
   Lapic* lapic_ = nullptr;
   uint64_t instructions_ = 0;
@@ -189,8 +188,9 @@ class SoftVcpu final : public Vcpu, private Platform {
   std::atomic<bool> sleeping_{false};
 
   // Events.
-  bool recheck_ = false;            // some event below waits until the guest can take it
+  bool recheck_ = false;  // some event below waits until the guest can take it
   uint32_t seen_code_epoch_ = 0;
+  uint32_t from_flushes_ = 0;       // flush count when the previous block ended
   bool interrupt_waiting_ = false;  // the irqchip may have a vector for us
   bool nmi_pending_ = false;
   int external_ = -1;  // vector of KVM_INTERRUPT, without LAPIC

@@ -13,6 +13,19 @@ constexpr unsigned max_instruction_bytes = 15;
 
 }  // namespace
 
+Block* SoftVcpu::lookup(uint64_t linear, Block* from) noexcept {
+  Block::Link& jump = (*jumps_)[jump_hash(linear)];
+  if (jump.linear != linear || jump.key != cpu_.decode_key || jump.flushes != cpu_.flushes) {
+    Block* block = lookup_slowly(linear, cpu_.decode_key);
+    if (block == nullptr) return nullptr;
+    // `from` may be gone when the flush count has moved.
+    if (from != nullptr && from_flushes_ != cpu_.flushes) from = nullptr;
+    jump = {.linear = linear, .key = cpu_.decode_key, .flushes = cpu_.flushes, .block = block};
+  }
+  if (from != nullptr) from->links[from->next_link++ & 1] = jump;
+  return jump.block;
+}
+
 Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   const Segment& cs = cpu_.segment[seg_cs];
   const bool wide = cpu_.mode() == Mode::bits64;
@@ -22,7 +35,8 @@ Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   }
   uint64_t gpa = 0;
   bool failed = false;
-  const uint8_t* host = cpu_.resolve(linear, Cpu::Access::fetch, cpu_.cpl() == 3 ? 0 : cpu_.view(), gpa, failed);
+  const uint8_t* host =
+      cpu_.resolve(linear, Cpu::Access::fetch, cpu_.cpl() == 3 ? 0 : cpu_.view(), gpa, failed);
   if (host == nullptr) {
     fetch_failed_ = !failed;
     return nullptr;

@@ -48,7 +48,9 @@ bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
   return done;
 }
 
-uint8_t SoftVcpu::tpr() noexcept { return lapic_ != nullptr ? lapic_->cr8() : cpu_.cr8; }
+uint8_t SoftVcpu::tpr() noexcept {
+  return lapic_ != nullptr ? lapic_->cr8() : cpu_.cr8;
+}
 
 void SoftVcpu::set_tpr(uint8_t value) noexcept {
   if (lapic_ != nullptr)
@@ -67,7 +69,8 @@ bool SoftVcpu::x2apic_enabled() noexcept {
 
 uint64_t SoftVcpu::guest_tsc() const noexcept {
   uint64_t host = __builtin_ia32_rdtsc();
-  if (tsc_khz_ != vm_.tsc_khz()) host = static_cast<uint64_t>(static_cast<u128>(host) * tsc_khz_ / vm_.tsc_khz());
+  if (tsc_khz_ != vm_.tsc_khz())
+    host = static_cast<uint64_t>(static_cast<u128>(host) * tsc_khz_ / vm_.tsc_khz());
   return host + tsc_offset_.load(std::memory_order_relaxed);
 }
 
@@ -84,14 +87,24 @@ uint64_t SoftVcpu::tsc_to_clock(uint64_t deadline) const noexcept {
   return vm_.timers().now() + (nanoseconds > century ? century : static_cast<uint64_t>(nanoseconds));
 }
 
-uint64_t SoftVcpu::kvmclock_ns() noexcept { return vm_.kvmclock_ns(); }
-uint64_t SoftVcpu::wall_ns() noexcept { return vm_.timers().wall(); }
-std::mutex& SoftVcpu::split_lock() noexcept { return vm_.split_lock(); }
+uint64_t SoftVcpu::kvmclock_ns() noexcept {
+  return vm_.kvmclock_ns();
+}
+uint64_t SoftVcpu::wall_ns() noexcept {
+  return vm_.timers().wall();
+}
+std::mutex& SoftVcpu::split_lock() noexcept {
+  return vm_.split_lock();
+}
 
 // MSR exits (KVM_CAP_X86_USER_SPACE_MSR) are not offered, so no access ever becomes one.
-bool SoftVcpu::exit_for_msr(uint32_t, bool, uint64_t) noexcept { return false; }
+bool SoftVcpu::exit_for_msr(uint32_t, bool, uint64_t) noexcept {
+  return false;
+}
 
-uint64_t SoftVcpu::hypercall(uint64_t, const uint64_t (&)[4]) noexcept { return hypercall_enosys; }
+uint64_t SoftVcpu::hypercall(uint64_t, const uint64_t (&)[4]) noexcept {
+  return hypercall_enosys;
+}
 
 bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept {
   auto* bytes = static_cast<uint8_t*>(data);
@@ -119,7 +132,8 @@ bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcep
       const Answer& answer = answers_[answers_used_++];
       if (!write) std::memcpy(bytes, answer.data, part);
     } else {
-      if (answered_ == answers_.size()) return cpu_.raise(Exception::gp, 0);  // more fragments than any instruction has
+      if (answered_ == answers_.size())
+        return cpu_.raise(Exception::gp, 0);  // more fragments than any instruction has
       run_->exit_reason = KVM_EXIT_MMIO;
       run_->mmio.phys_addr = gpa;
       run_->mmio.len = part;

@@ -1,4 +1,5 @@
-// The vCPU's state in the contract's types. What only the Cpu holds is cpu/exchange.hpp; here is what the vCPU adds.
+// The vCPU's state in the contract's types. What only the Cpu holds is cpu/exchange.hpp; here is what the
+// vCPU adds.
 #include <cerrno>
 
 #include "base/error.hpp"
@@ -17,7 +18,9 @@ void check(int error, const char* what) {
 
 }  // namespace
 
-kvm_regs SoftVcpu::regs() { return get_regs(cpu_); }
+kvm_regs SoftVcpu::regs() {
+  return get_regs(cpu_);
+}
 
 void SoftVcpu::set_regs(const kvm_regs& regs) {
   soft::set_regs(cpu_, regs);
@@ -38,7 +41,9 @@ void SoftVcpu::set_sregs(const kvm_sregs& sregs) {
     if ((sregs.interrupt_bitmap[vector / 64] >> vector % 64 & 1) != 0) external_ = vector;
 }
 
-kvm_sregs2 SoftVcpu::sregs2() { return get_sregs2(cpu_); }
+kvm_sregs2 SoftVcpu::sregs2() {
+  return get_sregs2(cpu_);
+}
 
 void SoftVcpu::set_sregs2(const kvm_sregs2& sregs) {
   acknowledge_memory();
@@ -68,24 +73,32 @@ void SoftVcpu::set_xsave(const kvm_xsave& xsave) {
         "KVM_SET_XSAVE: reserved bits, or components that this host does not have");
 }
 
-kvm_xcrs SoftVcpu::xcrs() { return get_xcrs(cpu_); }
+kvm_xcrs SoftVcpu::xcrs() {
+  return get_xcrs(cpu_);
+}
 void SoftVcpu::set_xcrs(const kvm_xcrs& xcrs) {
   check(soft::set_xcrs(cpu_, xcrs), "KVM_SET_XCRS: the value is not allowed by the guest's CPUID");
 }
 
-kvm_debugregs SoftVcpu::debugregs() { return get_debugregs(cpu_); }
+kvm_debugregs SoftVcpu::debugregs() {
+  return get_debugregs(cpu_);
+}
 void SoftVcpu::set_debugregs(const kvm_debugregs& debugregs) {
   check(soft::set_debugregs(cpu_, debugregs), "KVM_SET_DEBUGREGS: reserved bits");
 }
 
-unsigned SoftVcpu::msrs(std::span<kvm_msr_entry> entries) { return get_msrs(cpu_, entries); }
+unsigned SoftVcpu::msrs(std::span<kvm_msr_entry> entries) {
+  return get_msrs(cpu_, entries);
+}
 
 unsigned SoftVcpu::set_msrs(std::span<const kvm_msr_entry> entries) {
   acknowledge_memory();
   return soft::set_msrs(cpu_, entries);
 }
 
-std::vector<kvm_cpuid_entry2> SoftVcpu::cpuid2() { return cpu_.features.entries(); }
+std::vector<kvm_cpuid_entry2> SoftVcpu::cpuid2() {
+  return cpu_.features.entries();
+}
 
 void SoftVcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   cpu_.features = Features(entries);
@@ -93,7 +106,8 @@ void SoftVcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   blocks_.clear();
   cpu_.flush_tlb(false);
   constexpr uint32_t x2apic = 1u << 21;
-  if (lapic_ != nullptr) lapic_->set_cpuid((cpu_.features.leaf1_ecx & x2apic) != 0, cpu_.features.physical_bits);
+  if (lapic_ != nullptr)
+    lapic_->set_cpuid((cpu_.features.leaf1_ecx & x2apic) != 0, cpu_.features.physical_bits);
 }
 
 kvm_lapic_state SoftVcpu::lapic() {
@@ -117,7 +131,8 @@ kvm_vcpu_events SoftVcpu::vcpu_events() {
   const bool nmi = nmi_pending_ || (cpu_.request.load() & request::nmi) != 0;
   events.nmi.pending = nmi ? 1 : 0;
   if ((cpu_.request.load() & request::sipi) != 0) events.sipi_vector = sipi_vector_;
-  events.flags |= KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
+  events.flags |=
+      KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
   return events;
 }
 
@@ -128,7 +143,8 @@ void SoftVcpu::set_vcpu_events(const kvm_vcpu_events& events) {
     nmi_pending_ = events.nmi.pending != 0;
     if (!nmi_pending_) cpu_.request.fetch_and(~request::nmi);
   }
-  if ((events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) != 0) sipi_vector_ = static_cast<uint8_t>(events.sipi_vector);
+  if ((events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) != 0)
+    sipi_vector_ = static_cast<uint8_t>(events.sipi_vector);
 }
 
 kvm_mp_state SoftVcpu::mp_state() {
@@ -145,7 +161,8 @@ void SoftVcpu::set_mp_state(const kvm_mp_state& state) {
       break;
     case KVM_MP_STATE_UNINITIALIZED:
     case KVM_MP_STATE_INIT_RECEIVED:
-      if (lapic_ == nullptr) throw_errno(EINVAL, "KVM_SET_MP_STATE: only RUNNABLE exists without in-accelerator LAPIC");
+      if (lapic_ == nullptr)
+        throw_errno(EINVAL, "KVM_SET_MP_STATE: only RUNNABLE exists without in-accelerator LAPIC");
       mp_state_ = state.mp_state;
       break;
     case KVM_MP_STATE_SIPI_RECEIVED:
@@ -166,9 +183,10 @@ void SoftVcpu::set_tsc_khz(uint32_t khz) {
 }
 
 void SoftVcpu::set_guest_debug(const kvm_guest_debug& debug) {
-  constexpr uint32_t known = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_SW_BP |
-                             KVM_GUESTDBG_USE_HW_BP;
-  if ((debug.control & ~known) != 0) throw_errno(EINVAL, "KVM_SET_GUEST_DEBUG: this control bit is not supported");
+  constexpr uint32_t known =
+      KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_USE_HW_BP;
+  if ((debug.control & ~known) != 0)
+    throw_errno(EINVAL, "KVM_SET_GUEST_DEBUG: this control bit is not supported");
   debug_ = debug;
   const bool on = (debug.control & KVM_GUESTDBG_ENABLE) != 0;
   cpu_.debug_step = on && (debug.control & KVM_GUESTDBG_SINGLESTEP) != 0;

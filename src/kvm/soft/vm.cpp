@@ -16,11 +16,16 @@ constexpr uint32_t max_slots = 32764;
 }  // namespace
 
 SoftVm::SoftVm(uint32_t tsc_khz)
-    : tsc_khz_(tsc_khz), clock_offset_(-clock_.now()), irqchip_(clock_), map_(std::make_shared<MemoryMap>()) {}
+    : tsc_khz_(tsc_khz),
+      clock_offset_(-clock_.now()),
+      irqchip_(clock_),
+      map_(std::make_shared<MemoryMap>()) {}
 
 SoftVm::~SoftVm() = default;
 
-int SoftVm::check_extension(uint32_t capability) const noexcept { return soft_extension(capability); }
+int SoftVm::check_extension(uint32_t capability) const noexcept {
+  return soft_extension(capability);
+}
 
 void SoftVm::enable_cap(const kvm_enable_cap& cap) {
   switch (cap.cap) {
@@ -50,20 +55,25 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     throw_errno(EINVAL, fmt::format("memory slot {}: not page aligned, or wraps", region.slot));
 
   auto map = std::make_unique<MemoryMap>(*memory());
-  const auto old = std::find_if(map->slots.begin(), map->slots.end(), [&](auto& s) { return s->id == region.slot; });
+  const auto old =
+      std::find_if(map->slots.begin(), map->slots.end(), [&](auto& s) { return s->id == region.slot; });
   if (region.memory_size == 0) {
-    if (old == map->slots.end()) throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
+    if (old == map->slots.end())
+      throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
     map->slots.erase(old);
     return install(std::move(map));
   }
   if (old != map->slots.end()) {
-    if ((*old)->size != region.memory_size || reinterpret_cast<uint64_t>((*old)->host) != region.userspace_addr ||
+    if ((*old)->size != region.memory_size ||
+        reinterpret_cast<uint64_t>((*old)->host) != region.userspace_addr ||
         (*old)->read_only != ((region.flags & KVM_MEM_READONLY) != 0))
-      throw_errno(EINVAL, fmt::format("memory slot {}: size, memory and read-only flag cannot change", region.slot));
+      throw_errno(EINVAL,
+                  fmt::format("memory slot {}: size, memory and read-only flag cannot change", region.slot));
     map->slots.erase(old);
   }
   for (const auto& slot : map->slots)
-    if (region.guest_phys_addr < slot->gpa + slot->size && slot->gpa < region.guest_phys_addr + region.memory_size)
+    if (region.guest_phys_addr < slot->gpa + slot->size &&
+        slot->gpa < region.guest_phys_addr + region.memory_size)
       throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, slot->id));
   auto slot = std::make_shared<Slot>(region, code_epoch_);
   const auto place = std::upper_bound(map->slots.begin(), map->slots.end(), slot,
@@ -120,20 +130,22 @@ void SoftVm::get_dirty_log(uint32_t id, std::span<uint64_t> bitmap) {
     for (uint64_t i = 0; i < words; ++i) bitmap[i] = slot.dirty[i].load();
     return;
   }
-  // First the bits, then the write tags: a write in between is logged anew by its slow path, or was through a tag
-  // that still existed and is in the memory that the caller reads after this call.
+  // First the bits, then the write tags: a write in between is logged anew by its slow path, or was through a
+  // tag that still existed and is in the memory that the caller reads after this call.
   for (uint64_t i = 0; i < words; ++i) bitmap[i] = slot.dirty[i].exchange(0);
   flush_all_vcpus();
 }
 
-void SoftVm::clear_dirty_log(uint32_t id, uint64_t first_page, uint32_t num_pages, std::span<const uint64_t> bitmap) {
+void SoftVm::clear_dirty_log(uint32_t id, uint64_t first_page, uint32_t num_pages,
+                             std::span<const uint64_t> bitmap) {
   const std::lock_guard changing(slots_mutex_);
   Slot& slot = slot_by_id(id, "KVM_CLEAR_DIRTY_LOG");
   const uint64_t pages = slot.size / page_size;
   if (first_page % 64 != 0 || first_page > pages || num_pages > pages - first_page ||
       (num_pages % 64 != 0 && first_page + num_pages != pages) || bitmap.size() < (num_pages + 63) / 64)
     throw_errno(EINVAL, "KVM_CLEAR_DIRTY_LOG: the range is not a multiple of 64 pages of the slot");
-  for (uint64_t i = 0; i < (uint64_t{num_pages} + 63) / 64; ++i) slot.dirty[first_page / 64 + i].fetch_and(~bitmap[i]);
+  for (uint64_t i = 0; i < (uint64_t{num_pages} + 63) / 64; ++i)
+    slot.dirty[first_page / 64 + i].fetch_and(~bitmap[i]);
   flush_all_vcpus();
 }
 

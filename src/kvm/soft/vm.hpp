@@ -39,7 +39,9 @@ class SoftVm final : public Vm {
   void set_pit2(const kvm_pit_state2& state) override { irqchip_.set_pit2(state); }
   int irq_line(uint32_t gsi, bool level) noexcept override { return irqchip_.irq_line(gsi, level); }
   int signal_msi(const kvm_msi& msi) noexcept override { return irqchip_.signal_msi(msi); }
-  void set_gsi_routing(std::span<const kvm_irq_routing_entry> entries) override { irqchip_.set_gsi_routing(entries); }
+  void set_gsi_routing(std::span<const kvm_irq_routing_entry> entries) override {
+    irqchip_.set_gsi_routing(entries);
+  }
   void irqfd(const kvm_irqfd& irqfd) override { irqchip_.irqfd(irqfd); }
   void ioeventfd(const kvm_ioeventfd& ioeventfd) override { ioeventfds_.set(ioeventfd); }
   kvm_clock_data clock() override;
@@ -51,11 +53,13 @@ class SoftVm final : public Vm {
   Clock& timers() noexcept { return clock_; }
   std::mutex& split_lock() noexcept { return split_lock_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
-  uint64_t kvmclock_ns() const noexcept { return clock_.now() + clock_offset_.load(std::memory_order_relaxed); }
+  uint64_t kvmclock_ns() const noexcept {
+    return clock_.now() + clock_offset_.load(std::memory_order_relaxed);
+  }
   std::shared_ptr<const MemoryMap> memory() noexcept;
   const std::atomic<uint32_t>& code_epoch() const noexcept { return code_epoch_; }
-  // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self` keeps
-  // acknowledging what others ask of it meanwhile.
+  // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self`
+  // keeps acknowledging what others ask of it meanwhile.
   void shoot_down(SoftVcpu& self, uint64_t host_page) noexcept;
   void remove_vcpu(SoftVcpu& vcpu) noexcept;
 

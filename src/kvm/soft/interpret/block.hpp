@@ -22,6 +22,16 @@ struct Block {
   uint32_t bytes = 0;
   std::vector<Op> ops;  // the last one ends the block
 
+  // Where control went from here: valid while the vCPU's flush count is still the same.
+  struct Link {
+    uint64_t linear = 0;
+    uint32_t key = 0;
+    uint32_t flushes = 0;
+    Block* block = nullptr;
+  };
+  Link links[2];
+  uint32_t next_link = 0;  // which one to replace
+
   bool fresh() const noexcept {
     return word[0]->load(std::memory_order_acquire) == word_value[0] &&
            (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
