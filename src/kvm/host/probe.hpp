@@ -11,6 +11,8 @@
 #include <string_view>
 #include <vector>
 
+#include "kvm/kvm.hpp"
+
 namespace lodge::kvm::host {
 
 struct Ability {
@@ -43,5 +45,7 @@ constexpr double needed_mips = 30;
 
 // Never throws for what the device does or lacks: that is the result.
 Probe probe(const std::string& path = "/dev/kvm");
+// The same for an accelerator that is already open; soft may be measured with it as well.
+Probe probe(System& system);
 
 }  // namespace lodge::kvm::host

@@ -29,9 +29,17 @@ class Device : public ::testing::Test {
   void SetUp() override {
     if (!result_.available) GTEST_SKIP() << result_.error;
   }
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-  Probe result_ = probe();
-  std::chrono::duration<double> time_ = std::chrono::steady_clock::now() - start_;
+  struct Measurement {
+    std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+    Probe result = probe();
+    std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  };
+  static const Measurement& measurement() {
+    static const Measurement once;
+    return once;
+  }
+  const Probe& result_ = measurement().result;
+  std::chrono::duration<double> time_ = measurement().time;
 };
 
 TEST_F(Device, TakesLessThanASecond) {
