@@ -27,7 +27,9 @@ inline constexpr uint64_t acpi_base = 0xe0000, acpi_size = 0x10000;
 inline constexpr uint64_t smbios_base = 0xf0000, smbios_size = 0x10000;
 
 inline constexpr uint16_t acpi_pm_base = 0x600;  // PM1 events +0, PM1 control +4, PM timer +8, GPE0 +0x20
-inline constexpr uint16_t acpi_pm_size = 0x40;
+// 128 ports, as the LPC bridge decodes them: Linux reserves all of them from its registers, and objects to an
+// ACPI reservation of a part.
+inline constexpr uint16_t acpi_pm_size = 0x80;
 inline constexpr uint16_t acpi_gpe0_offset = 0x20;  // from acpi_pm_base
 inline constexpr uint8_t acpi_gpe0_size = 16;       // 8 bytes of status, 8 of enable: 64 events
 inline constexpr uint8_t acpi_s5_type = 5;          // SLP_TYP of soft off, for \_S5
