@@ -112,7 +112,7 @@ void hide_unusable(uint64_t components, Result& leaf1, Result& leaf7, Result& le
   if (components == 0) leaf1.ecx &= ~cpuid1_ecx::xsave;
 }
 
-void add_features(Builder& builder, uint64_t components) {
+void add_features(Builder& builder, uint64_t components, bool amd) {
   const Result host1 = native(1), host7 = native(7), host7_1 = host7.eax >= 1 ? native(7, 1) : Result{};
   Result leaf1, leaf7, leaf7_1;
   leaf1.eax = host1.eax & 0x0fff'3fff;
@@ -123,6 +123,8 @@ void add_features(Builder& builder, uint64_t components) {
   leaf7.ebx = (host7.ebx & offer::leaf7_ebx_native) | offer::leaf7_ebx_always;
   leaf7.ecx = (host7.ecx & offer::leaf7_ecx_native) | offer::leaf7_ecx_always;
   leaf7.edx = (host7.edx & offer::leaf7_edx_native) | offer::leaf7_edx_always;
+  // Without it guests of Intel's vendor assume every flaw, and pay for page-table isolation.
+  if (!amd) leaf7.edx |= cpuid7_edx::arch_capabilities;
   leaf7_1.eax = host7_1.eax & offer::leaf7_1_eax_native;
   hide_unusable(components, leaf1, leaf7, leaf7_1);
   builder.add(1, leaf1);
@@ -193,9 +195,10 @@ void add_extended(Builder& builder, bool amd) {
   builder.add(0x8000'0007, {0, 0, 0, 1u << 8});  // invariant TSC
   const Result host8 = host0.eax >= 0x8000'0008 ? native(0x8000'0008) : Result{0x3028, 0, 0, 0};
   const uint32_t physical = std::clamp(host8.eax & 0xff, 36u, 48u);
-  builder.add(0x8000'0008,
-              {physical | 48u << 8,
-               (amd ? cpuid_ext8_ebx::wbnoinvd | (host8.ebx & cpuid_ext8_ebx::clzero) : 0), 0, 0});
+  // SSB_NO: the interpreter's stores and loads to guest memory do not stand next to each other.
+  const uint32_t ext8 =
+      amd ? cpuid_ext8_ebx::wbnoinvd | cpuid_ext8_ebx::ssb_no | (host8.ebx & cpuid_ext8_ebx::clzero) : 0;
+  builder.add(0x8000'0008, {physical | 48u << 8, ext8, 0, 0});
   if (!amd) return;
   if (host0.eax >= 0x8000'001d && (host1.ecx & cpuid_ext_ecx::topoext) != 0) {
     for (uint32_t index = 0; index < 4; ++index) {
@@ -204,9 +207,11 @@ void add_extended(Builder& builder, bool amd) {
       builder.add(0x8000'001d, index, cache);
     }
   }
-  // LFENCE serializes; null selectors clear the base. Guest code is interpreted, so the guest's branches never train
-  // the host's predictors: automatic IBRS, SRSO_NO, TSA_SQ_NO and TSA_L1_NO spare guests their mitigations.
-  builder.add(0x8000'0021, {1u << 2 | 1u << 6 | cpuid_ext21_eax::auto_ibrs | 1u << 29, 0, 1u << 1 | 1u << 2, 0});
+  // LFENCE serializes; null selectors clear the base. Guest code is interpreted, so the guest's branches
+  // never train the host's predictors: automatic IBRS, SRSO_NO, TSA_SQ_NO and TSA_L1_NO spare guests their
+  // mitigations.
+  builder.add(0x8000'0021,
+              {1u << 2 | 1u << 6 | cpuid_ext21_eax::auto_ibrs | 1u << 29, 0, 1u << 1 | 1u << 2, 0});
 }
 
 }  // namespace
@@ -217,7 +222,7 @@ std::vector<kvm_cpuid_entry2> host_cpuid(uint32_t tsc_khz) {
   const uint64_t components = host_components();
   Builder builder;
   builder.add(0, {0xd, leaf0.ebx, leaf0.ecx, leaf0.edx});
-  add_features(builder, components);
+  add_features(builder, components, amd);
   add_caches(builder, amd);
   builder.add(5, {0, 0, 0, 0});
   builder.add(6, {1u << 2, 0, 0, 0});  // ARAT: the APIC timer never stops

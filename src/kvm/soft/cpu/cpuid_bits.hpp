@@ -62,7 +62,8 @@ inline constexpr uint32_t syscall = 1u << 11, nx = 1u << 20, mmxext = 1u << 22, 
 }
 namespace cpuid_ext8_ebx {  // 0x80000008
 inline constexpr uint32_t clzero = 1u << 0, xsaveerptr = 1u << 2, rdpru = 1u << 4, wbnoinvd = 1u << 9,
-                          ibpb = 1u << 12, ibrs = 1u << 14, stibp = 1u << 15, amd_ssbd = 1u << 24;
+                          ibpb = 1u << 12, ibrs = 1u << 14, stibp = 1u << 15, amd_ssbd = 1u << 24,
+                          ssb_no = 1u << 26;
 }
 namespace cpuid_ext21_eax {  // 0x80000021
 inline constexpr uint32_t auto_ibrs = 1u << 8;

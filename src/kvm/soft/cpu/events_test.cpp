@@ -165,6 +165,23 @@ TEST_F(Events, BreakpointIsATrapAndItsRefusalAFault) {
   EXPECT_EQ(m.get<uint64_t>(stack0 - 48), 3u * 8 + 2);
 }
 
+TEST_F(Events, InterruptOfCompatibilityCodeUsesTablesAndStackAbove4GiB) {
+  m.enter_long(3);
+  constexpr uint64_t high = 0xffff'ff80'0000'0000;
+  m.put<uint64_t>(0x1000 + 511 * 8, 0x2007);
+  cpu.segment[seg_cs] = m.load(code3);
+  cpu.set_cpl(3);
+  cpu.gdtr.base += high;
+  cpu.idtr.base += high;
+  cpu.tr.base += high;
+  m.put<uint64_t>(tss_at + 4, high + stack0);
+  m.set_vector64(0x80, 14, 3);
+  ASSERT_TRUE(m.run({0xcd, 0x80}));
+  EXPECT_EQ(cpu.mode(), Mode::bits64);
+  EXPECT_EQ(cpu.gpr[rsp], high + stack0 - 40);
+  EXPECT_EQ(m.get<uint64_t>(stack0 - 32), code3);
+}
+
 TEST_F(Events, CompatibilityCodeSegmentIsNoHandlerInLongMode) {
   m.enter_long(0);
   m.set_vector64(0x40, 14);

@@ -24,6 +24,7 @@ enum Index : uint32_t {
   ia32_platform_id = 0x17,
   ia32_apic_base = 0x1b,
   ebl_cr_poweron = 0x2a,
+  ebc_frequency_id = 0x2c,
   ia32_feature_control = 0x3a,
   ia32_tsc_adjust = 0x3b,
   ia32_spec_ctrl = 0x48,
@@ -36,6 +37,7 @@ enum Index : uint32_t {
   ia32_arch_capabilities = 0x10a,
   ia32_flush_cmd = 0x10b,
   bbl_cr_ctl3 = 0x11e,
+  misc_features_enables = 0x140,
   ia32_sysenter_cs = 0x174,
   ia32_sysenter_esp = 0x175,
   ia32_sysenter_eip = 0x176,
@@ -52,6 +54,7 @@ enum Index : uint32_t {
   ia32_debugctl = 0x1d9,
   last_branch_from = 0x1db,
   last_int_to = 0x1de,
+  power_ctl = 0x1fc,
   ia32_mtrr_physbase0 = 0x200,
   mtrr_variable_end = 0x210,  // 8 pairs
   ia32_mtrr_fix64k = 0x250,
@@ -62,6 +65,10 @@ enum Index : uint32_t {
   ia32_pat = 0x277,
   ia32_mtrr_def_type = 0x2ff,
   rapl_power_unit = 0x606,
+  pkg_energy_status = 0x611,
+  dram_energy_status = 0x619,
+  pp0_energy_status = 0x639,
+  pp1_energy_status = 0x641,
   ia32_tsc_deadline = 0x6e0,
   x2apic_first = 0x800,
   x2apic_last = 0x8ff,
@@ -84,26 +91,34 @@ enum Index : uint32_t {
   amd_iorr_first = 0xc001'0016,
   amd_iorr_last = 0xc001'0019,
   amd_top_mem = 0xc001'001a,
+  amd_clk_ctl = 0xc001'001b,
   amd_top_mem2 = 0xc001'001d,
   amd_nb_cfg = 0xc001'001f,
   amd_patch_loader = 0xc001'0020,
   amd_int_pending = 0xc001'0055,
+  amd_mmio_conf_base = 0xc001'0058,
   amd_pstate_limit = 0xc001'0061,
   amd_pstate_status = 0xc001'0063,
   amd_osvw_length = 0xc001'0140,
   amd_osvw_status = 0xc001'0141,
+  amd_perf_core_first = 0xc001'0200,  // the same six counters under their newer numbers
+  amd_perf_core_last = 0xc001'020b,
   amd_ls_cfg = 0xc001'1020,
   amd_ic_cfg = 0xc001'1021,
   amd_dc_cfg = 0xc001'1022,
+  amd_bu_cfg = 0xc001'1023,
+  amd_fp_cfg = 0xc001'1028,
   amd_bu_cfg2 = 0xc001'102a,
   amd_de_cfg = 0xc001'1029,
 };
 
 // The TSC counts at the frequency of P0: without it Linux complains about the firmware.
 constexpr uint64_t hwcr_tsc_freq_sel = 1u << 24;
-// IA32_ARCH_CAPABILITIES is not offered by host_cpuid; a VMM may offer it with this value: nothing of the
-// interpreter speculates on the guest's behalf.
-constexpr uint64_t arch_capabilities = 1u << 0 | 1u << 3 | 1u << 5 | 1u << 6 | 1u << 8;
+// IA32_ARCH_CAPABILITIES: guest code is interpreted, so the flaws that native code could use are not there:
+// RDCL_NO, SKIP_L1DFL, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO,
+// PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
+constexpr uint64_t arch_capabilities = 0x1 | 0x8 | 0x10 | 0x20 | 0x40 | 0x100 | 0xe000 | 1u << 20 | 1u << 24 |
+                                       1u << 26 | 1u << 27 | uint64_t{1} << 62;
 constexpr uint64_t mtrrcap = 8 | 1u << 8 | 1u << 10;  // 8 variable ranges, fixed ranges, write combining
 constexpr uint64_t default_revision = uint64_t{1} << 32, amd_revision = 0x0100'0065;
 // MISC_ENABLE: fast strings, branch trace and PEBS unavailable.
@@ -175,7 +190,10 @@ bool intel_only(uint32_t index) noexcept {
     case ia32_therm_status:
     case ia32_misc_enable:
     case ia32_energy_perf_bias:
-    case ia32_bios_updt_trig: return true;
+    case ia32_bios_updt_trig:
+    case ebc_frequency_id:
+    case misc_features_enables:
+    case power_ctl: return true;
     default: return false;
   }
 }
@@ -184,6 +202,7 @@ bool intel_only(uint32_t index) noexcept {
 bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
   value = 0;
   if (index >= amd_perf_first && index <= amd_perf_last) return true;
+  if (index >= amd_perf_core_first && index <= amd_perf_core_last) return true;
   if (index >= amd_iorr_first && index <= amd_iorr_last) return true;
   if (index >= last_branch_from && index <= last_int_to) return true;
   switch (index) {
@@ -198,6 +217,12 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case ia32_energy_perf_bias:
     case ia32_bios_updt_trig:
     case rapl_power_unit:
+    case pkg_energy_status:
+    case dram_energy_status:
+    case pp0_energy_status:
+    case pp1_energy_status:
+    case power_ctl:
+    case misc_features_enables:
     case amd_syscfg:
     case amd_top_mem2:
     case amd_nb_cfg:
@@ -210,7 +235,12 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case amd_ls_cfg:
     case amd_ic_cfg:
     case amd_dc_cfg:
+    case amd_bu_cfg:
+    case amd_fp_cfg:
+    case amd_mmio_conf_base:
     case amd_bu_cfg2: return true;
+    case amd_clk_ctl: value = 0x2000'0000; return true;
+    case ebc_frequency_id: value = 1u << 24; return true;
     case amd_top_mem: value = 0; return true;
     case amd_hwcr: value = hwcr_tsc_freq_sel; return true;
     case amd_de_cfg: value = de_cfg_lfence_serializing; return true;

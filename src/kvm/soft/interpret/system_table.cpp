@@ -106,7 +106,7 @@ Step lar(Cpu& cpu, const Op& op) noexcept {
   bool visible = false;
   if (!inspect(cpu, op, descriptor, visible)) return Step::fault;
   visible = visible && has_type(cpu, descriptor.segment, lar_types, lar_types_long);
-  if (visible) cpu.set_reg(op.dst, op.size, descriptor.raw >> 32 & 0x00f0'ff00);
+  if (visible) cpu.set_reg(op.dst, op.size, descriptor.raw >> 32 & 0x00ff'ff00);
   cpu.set_zf(visible);
   return Step::next;
 }

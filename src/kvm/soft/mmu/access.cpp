@@ -111,7 +111,9 @@ bool Cpu::probe(uint64_t linear, unsigned size, Access access, unsigned view) no
 }
 
 bool Cpu::access_bytes(uint64_t linear, void* data, unsigned size, Access access, unsigned view) noexcept {
-  if (mode_ == Mode::bits64) {
+  // Compatibility-mode code makes 32-bit addresses, but its interrupts use 64-bit tables and stacks.
+  const bool wide = long_mode();
+  if (wide) {
     if (!canonical(linear) || !canonical(linear + size - 1)) return raise(Exception::gp, 0);
   } else {
     linear = static_cast<uint32_t>(linear);
@@ -120,7 +122,7 @@ bool Cpu::access_bytes(uint64_t linear, void* data, unsigned size, Access access
   if (size <= first) return access_part(linear, data, size, access, view);
   // Both pages must answer before either changes. 32-bit linear addresses wrap.
   uint64_t second = linear + first;
-  if (mode_ != Mode::bits64) second = static_cast<uint32_t>(second);
+  if (!wide) second = static_cast<uint32_t>(second);
   uint64_t gpa = 0;
   bool failed = false;
   resolve(linear, access, view, gpa, failed);
