@@ -48,6 +48,13 @@ void Ioapic::reset() noexcept {
   irr_ = 0;
   entries_.fill(entry_masked);
   sources_.fill(0);
+  publish_vectors();
+}
+
+void Ioapic::publish_vectors() noexcept {
+  std::array<uint64_t, 4> vectors{};
+  for (const uint64_t entry : entries_) vectors[(entry & 0xff) / 64] |= uint64_t{1} << (entry % 64);
+  for (unsigned i = 0; i < 4; ++i) vectors_[i].store(vectors[i], std::memory_order_relaxed);
 }
 
 // Sends the interrupt of `pin` if its entry lets it.
@@ -62,8 +69,8 @@ int Ioapic::service(unsigned pin) noexcept {
   message.level = level;
   message.destination = static_cast<uint32_t>(entry >> 56);
   const int result = client_.deliver(message);
-  // Remote IRR waits for an EOI, which comes only if a LAPIC has taken (or already holds) the vector.
-  if (level && result >= 0) entry |= entry_remote_irr;
+  // Remote IRR waits for an EOI, which comes only if a LAPIC has taken the vector.
+  if (level && result > 0) entry |= entry_remote_irr;
   return result;
 }
 
@@ -82,11 +89,11 @@ int Ioapic::set_irq(unsigned pin, unsigned source, bool level) noexcept {
   const bool was_high = (irr_ & pin_bit(pin)) != 0;
   irr_ |= pin_bit(pin);
   if (was_high && (entries_[pin] & entry_level) == 0) return 0;
-  if (was_high && (entries_[pin] & (entry_remote_irr | entry_masked)) == entry_remote_irr) return 0;
   return service(pin);
 }
 
 void Ioapic::end_of_interrupt(uint8_t vector, bool broadcast) noexcept {
+  if ((vectors_[vector / 64].load(std::memory_order_relaxed) >> (vector % 64) & 1) == 0) return;
   uint32_t acked = 0;
   {
     const std::lock_guard lock(mutex_);
@@ -133,6 +140,7 @@ void Ioapic::write_indirect(uint32_t value) noexcept {
     entry = (entry & 0xffffffff) | (static_cast<uint64_t>(value & 0xff000000) << 32);
   } else {
     entry = (entry & (0xffffffff00000000 | read_only)) | (value & entry_defined & ~read_only);
+    publish_vectors();
   }
   if ((entry & entry_level) == 0)
     entry &= ~entry_remote_irr;
@@ -186,6 +194,7 @@ void Ioapic::set_state(const kvm_ioapic_state& state) noexcept {
   select_ = static_cast<uint8_t>(state.ioregsel);
   id_ = state.id & 0xf;
   for (unsigned pin = 0; pin < pins; ++pin) entries_[pin] = state.redirtbl[pin].bits & entry_defined;
+  publish_vectors();
   irr_ = 0;
   // Lines that were high are driven by the VMM's devices, which raise them with source 0 (KVM_IRQ_LINE).
   for (unsigned pin = 0; pin < pins; ++pin) {

@@ -7,6 +7,7 @@
 #include <linux/kvm.h>
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <mutex>
 
@@ -22,7 +23,7 @@ class Ioapic {
   class Client {
    public:
     virtual ~Client() = default;
-    // > 0: LAPICs that took it; 0: coalesced; -1: nobody did.
+    // How many LAPICs took it.
     virtual int deliver(const ApicMessage& message) noexcept = 0;
     // The guest completed an interrupt of `pin`.
     virtual void ioapic_acked(unsigned pin) noexcept = 0;
@@ -37,7 +38,8 @@ class Ioapic {
   void write(uint32_t offset, const void* data, unsigned size) noexcept;
 
   // Level of `pin` as driven by `source` (0 to 31); the input is the OR of its sources.
-  // > 0: delivered, 0: coalesced, -1: masked or refused.
+  // > 0: delivered, 0: an edge that was pending already, or nobody took it; -1: masked or waiting for its
+  // EOI.
   int set_irq(unsigned pin, unsigned source, bool level) noexcept;
   // A LAPIC completed `vector`. `broadcast`: clears remote IRR (level triggered, no EOI suppression); else
   // only listeners hear of it.
@@ -48,6 +50,7 @@ class Ioapic {
   void set_state(const kvm_ioapic_state& state) noexcept;
 
  private:
+  void publish_vectors() noexcept;
   uint32_t read_indirect() const noexcept;
   void write_indirect(uint32_t value) noexcept;
   int service(unsigned pin) noexcept;
@@ -59,6 +62,9 @@ class Ioapic {
   uint32_t irr_ = 0;  // inputs that are high
   std::array<uint64_t, pins> entries_{};
   std::array<uint32_t, pins> sources_{};  // bit n: source n drives the input
+  // Vectors that an entry names, for end_of_interrupt() without the lock: most EOIs are of LAPIC timers, IPIs
+  // and MSIs.
+  std::array<std::atomic<uint64_t>, 4> vectors_{};
 };
 
 }  // namespace lodge::kvm::soft

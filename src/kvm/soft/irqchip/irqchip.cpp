@@ -132,22 +132,20 @@ int Irqchip::deliver(const ApicMessage& message) noexcept {
       return lapic.present() && lapic.software_enabled() && lapic.matches(message, quirk);
     };
     for (const auto& target : targets) count += takes(*target.load(std::memory_order_relaxed)) ? 1 : 0;
-    if (count == 0) return -1;
+    if (count == 0) return 0;
     unsigned skip = message.vector % count;
     for (const auto& target : targets) {
       Lapic& lapic = *target.load(std::memory_order_relaxed);
-      if (takes(lapic) && skip-- == 0) return lapic.deliver(message);
+      if (takes(lapic) && skip-- == 0) return lapic.deliver(message) ? 1 : 0;
     }
-    return -1;  // it was switched off meanwhile
+    return 0;  // it was switched off meanwhile
   }
-  int result = -1;
+  int taken = 0;
   for (const auto& target : targets) {
     Lapic& lapic = *target.load(std::memory_order_relaxed);
-    if (!lapic.present() || !lapic.matches(message, quirk)) continue;
-    const int one = lapic.deliver(message);
-    if (one >= 0) result = (result < 0 ? 0 : result) + one;
+    if (lapic.present() && lapic.matches(message, quirk) && lapic.deliver(message)) ++taken;
   }
-  return result;
+  return taken;
 }
 
 void Irqchip::send_ipi(const ApicMessage& message) noexcept {

@@ -174,23 +174,23 @@ bool Lapic::matches(const ApicMessage& message, bool broadcast_quirk) const noex
     return destination == xapic_id_.load(std::memory_order_relaxed) || (id_ > 0xff && destination == id_);
   }
   const uint32_t logical = ldr >> 24;
-  if (dfr_.load(std::memory_order_relaxed) >> 28 == 0xf) return (logical & destination & 0xff) != 0;
-  return logical >> 4 == (destination >> 4 & 0xf) && (logical & destination & 0xf) != 0;
+  const uint32_t model = dfr_.load(std::memory_order_relaxed) >> 28;
+  if (model == 0xf) return (logical & destination & 0xff) != 0;
+  return model == 0 && logical >> 4 == (destination >> 4 & 0xf) && (logical & destination & 0xf) != 0;
 }
 
 // --- Delivery ---
 
-// Requests a fixed interrupt. False: it was requested already, or the LAPIC takes none.
+// Requests a fixed interrupt. False: the LAPIC takes none.
 bool Lapic::request(uint8_t vector, bool level) noexcept {
   if (!enabled_.load(std::memory_order_relaxed)) return false;
   if (vector < 16) {
     error(esr_receive_illegal);
     return false;
   }
-  const bool fresh = !test(regs_, reg_irr, vector);
   assign(regs_, reg_irr, vector, true);
   assign(regs_, reg_tmr, vector, level);
-  return fresh;
+  return true;
 }
 
 void Lapic::error(uint32_t bit) noexcept {
@@ -223,22 +223,21 @@ bool Lapic::fire_lvt(unsigned reg) noexcept {
   }
 }
 
-int Lapic::deliver(const ApicMessage& message) noexcept {
+bool Lapic::deliver(const ApicMessage& message) noexcept {
   const std::lock_guard lock(mutex_);
-  if (port_ == nullptr) return -1;
+  if (port_ == nullptr) return false;
   switch (message.mode) {
     case DeliveryMode::fixed:
     case DeliveryMode::lowest_priority: {
-      if (!enabled_.load(std::memory_order_relaxed)) return -1;
-      const bool fresh = request(message.vector, message.level);
+      const bool taken = request(message.vector, message.level);
       update();
-      return fresh ? 1 : 0;
+      return taken;
     }
-    case DeliveryMode::nmi: port_->nmi(); return 1;
-    case DeliveryMode::smi: port_->smi(); return 1;
-    case DeliveryMode::init: port_->init(); return 1;
-    case DeliveryMode::startup: port_->sipi(message.vector); return 1;
-    default: return -1;
+    case DeliveryMode::nmi: port_->nmi(); return true;
+    case DeliveryMode::smi: port_->smi(); return true;
+    case DeliveryMode::init: port_->init(); return true;
+    case DeliveryMode::startup: port_->sipi(message.vector); return true;
+    default: return false;
   }
 }
 

@@ -130,8 +130,9 @@ class Lapic {
   // SVR bit 8: takes fixed interrupts.
   bool software_enabled() const noexcept { return enabled_.load(std::memory_order_relaxed); }
   bool matches(const ApicMessage& message, bool broadcast_quirk) const noexcept;
-  // 1: delivered, 0: coalesced with one that is pending, -1: refused.
-  int deliver(const ApicMessage& message) noexcept;
+  // True: taken (also when the vector is pending already). False: refused, as by a LAPIC that software has
+  // disabled.
+  bool deliver(const ApicMessage& message) noexcept;
   // The 8259 output rose, or LINT0 is driven by the 8254 as an NMI source (watchdog).
   void poke_extint() noexcept;
   void pit_tick() noexcept;

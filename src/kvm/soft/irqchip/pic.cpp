@@ -113,14 +113,12 @@ int Pic::pending(const kvm_pic_state& chip) const noexcept {
 // Recomputes the cascade and INTR. True: the client must be told.
 bool Pic::update() noexcept {
   const bool from_slave = pending(chips_[slave]) >= 0;
-  // The slave's output acts as an edge for each new request, so that the master never misses one.
+  // The slave's output acts as an edge for each new request, so that the master never misses one. A request
+  // that goes away stays latched at the master: its INTA gives the slave's spurious vector.
   kvm_pic_state& chip = chips_[master];
   if (from_slave) {
-    set_input(chip, cascade_pin, false);
     set_input(chip, cascade_pin, true);
-  } else {
     set_input(chip, cascade_pin, false);
-    chip.irr &= static_cast<uint8_t>(~bit(cascade_pin));
   }
   const bool output = pending(chip) >= 0;
   output_.store(output, std::memory_order_release);

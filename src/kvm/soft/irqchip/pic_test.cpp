@@ -213,19 +213,19 @@ TEST_F(PicTest, LevelInputsFollowTheLine) {
   pic.write(0xa0, 0x20);
   pic.write(0x20, 0x20);
   EXPECT_EQ(pic.acknowledge(), 0x72);  // still high
+  lower(10);
   pic.write(0xa0, 0x20);
   pic.write(0x20, 0x20);
-  lower(10);
   EXPECT_FALSE(pic.output());
 }
 
 TEST_F(PicTest, ALevelIsTheOrOfItsSources) {
-  pic.write(0x4d1, 0x04);
-  pic.set_irq(10, 0, true);
-  pic.set_irq(10, 1, true);
-  pic.set_irq(10, 0, false);
+  pic.write(0x4d0, 0x20);
+  pic.set_irq(5, 0, true);
+  pic.set_irq(5, 1, true);
+  pic.set_irq(5, 0, false);
   EXPECT_TRUE(pic.output());
-  pic.set_irq(10, 1, false);
+  pic.set_irq(5, 1, false);
   EXPECT_FALSE(pic.output());
 }
 
@@ -235,6 +235,15 @@ TEST_F(PicTest, ARequestThatHasGoneGivesTheSpuriousVector) {
   lower(5);
   EXPECT_EQ(pic.acknowledge(), 0x0f);
   EXPECT_EQ(isr(0x20), 0);
+}
+
+TEST_F(PicTest, ASlaveRequestThatHasGoneGivesItsSpuriousVector) {
+  raise(10);
+  pic.write(0xa1, 0x04);  // masked between INTR and INTA
+  EXPECT_TRUE(pic.output());
+  EXPECT_EQ(pic.acknowledge(), 0x77);
+  EXPECT_EQ(isr(0xa0), 0);
+  EXPECT_EQ(isr(0x20), 0x04);  // the master has been interrupted
 }
 
 TEST_F(PicTest, Icw1ForgetsRequestsAndReportsThemAsCompleted) {

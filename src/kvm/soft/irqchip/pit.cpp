@@ -224,8 +224,8 @@ void Pit::expired() noexcept {
 }
 
 void Pit::interrupt() noexcept {
-  if (client_.pit_interrupt() >= 0) return;
-  // Masked: nobody will complete it.
+  if (client_.pit_interrupt() > 0) return;
+  // Masked or refused: nobody will complete it.
   const std::lock_guard lock(mutex_);
   waiting_ = false;
   backlog_ = 0;

@@ -21,7 +21,7 @@ class Pit {
   class Client {
    public:
     virtual ~Client() = default;
-    // A rising edge of channel 0's output. > 0: delivered, 0: coalesced, < 0: masked.
+    // A rising edge of channel 0's output. > 0: delivered, so that acknowledged() will follow.
     virtual int pit_interrupt() noexcept = 0;
   };
 
