@@ -6,6 +6,7 @@
 #include "base/error.hpp"
 #include "base/mapping.hpp"
 #include "machine/boot/loaders.hpp"
+#include "machine/boot/unpack.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::machine::boot {
@@ -74,6 +75,12 @@ uint64_t place_command_line(Loading& loading, uint64_t limit) {
 
 BootState load_bytes(Bytes kernel, const Request& request, GuestMemory& memory) {
   Loading loading(request, memory);
+  std::optional<Mapping> unpacked;
+  if (payload_format(kernel) == "gzip") {
+    unpacked = unpack(kernel, memory.size());
+    if (!unpacked) usage_error("{}: this gzip file is damaged, or larger than --memory", loading.name);
+    kernel = unpacked->bytes();
+  }
   // What a BIOS leaves in its data area: the segment of the extended area and the KiB of conventional memory.
   constexpr std::array<uint8_t, 7> bios_data{0xc0, 0x9f, 0, 0, 0, 0x7f, 0x02};
   loading.placement.store(0x40e, bios_data, "the BIOS data area");
@@ -83,8 +90,9 @@ BootState load_bytes(Bytes kernel, const Request& request, GuestMemory& memory) 
   if (is_bzimage(kernel)) return load_bzimage(loading, kernel);
   if (is_elf(kernel)) {
     const ElfImage elf = parse_elf(kernel, loading.name);
-    if (elf.pvh_entry) return load_pvh(loading, elf);
+    // Multiboot first: a kernel that knows both (Xen) gets its modules one by one that way.
     if (is_multiboot(kernel)) return load_multiboot(loading, kernel);
+    if (elf.pvh_entry) return load_pvh(loading, elf);
     return load_plain_elf(loading, elf);
   }
   if (is_multiboot(kernel)) return load_multiboot(loading, kernel);

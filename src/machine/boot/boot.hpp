@@ -8,11 +8,12 @@
 //   entered
 //     directly; what cannot be unpacked is entered at the image's own 64-bit or 32-bit entry and unpacks
 //     itself.
-//   * ELF with a PVH note (vmlinux): 32-bit protected mode, EBX = hvm_start_info.
 //   * multiboot 1, ELF or with address fields: 32-bit protected mode, EAX = 0x2badb002, EBX = information.
+//   * ELF with a PVH note (vmlinux): 32-bit protected mode, EBX = hvm_start_info.
 //   * any other static ELF64: long mode with the first 4 GiB mapped one to one, RSI = a Linux boot_params
 //   page, no
 //     stack (RSP = 0). Other static ELF32: flat protected mode, ESI = boot_params.
+// Any of them may be a gzip file (xen.gz).
 #pragma once
 
 #include <cstdint>

@@ -441,6 +441,15 @@ TEST(BootTest, NamesUnreadableKernels) {
               testing::StartsWith("--kernel /tmp: "));
 }
 
+TEST(BootTest, UnpacksGzipFiles) {
+  GuestMemory memory(16 * MiB);
+  const Data packed = pack("gzip", elf32({.paddr = MiB, .entry = MiB, .multiboot_flags = 0}));
+  EXPECT_EQ(load_bytes(packed, {.kernel = "k"}, memory).protocol, "multiboot ELF");
+  EXPECT_EQ(
+      usage_message([&] { load_bytes(Bytes(packed).first(packed.size() - 9), {.kernel = "k.gz"}, memory); }),
+      "--kernel k.gz: this gzip file is damaged, or larger than --memory");
+}
+
 TEST(BootTest, DamagedHeadersGiveAnErrorOrAKernelInsideMemory) {
   const std::vector<Data> kernels{
       bzimage({.payload = pack("gzip", elf64({.paddr = 16 * MiB, .entry = 16 * MiB}))}),
