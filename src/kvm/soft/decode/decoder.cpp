@@ -1,5 +1,7 @@
 #include "kvm/soft/decode/decoder.hpp"
 
+#include <algorithm>
+
 #include "kvm/soft/interpret/gate.hpp"
 #include "kvm/soft/interpret/hot.hpp"
 #include "kvm/soft/interpret/integer.hpp"
@@ -33,6 +35,13 @@ void fill_memory(const DecodeContext& context, const ZydisDecodedOperand& operan
   op.index = number(operand.mem.index);
   op.scale = operand.mem.scale <= 1 ? 0 : static_cast<uint8_t>(__builtin_ctz(operand.mem.scale));
   op.disp = operand.mem.disp.value;
+  // SIB.base = 101 with ModRM.mod = 00 means no base, whatever REX.B says; Zydis 4.0 takes it for R13D when the
+  // address size is 32.
+  const auto& raw = context.insn.raw;
+  if (raw.modrm.mod == 0 && raw.modrm.rm == 4 && (raw.sib.base & 7) == 5 && context.insn.address_width > 16) {
+    op.base = gpr_zero;
+    op.disp = static_cast<int32_t>(raw.disp.value);
+  }
   if (op.base == gpr_rip) op.disp += op.offset + op.length;
   op.address_size = context.insn.address_width / 8;
   op.segment = operand.mem.segment == ZYDIS_REGISTER_NONE
@@ -55,6 +64,18 @@ void fill_common(const DecodeContext& context, Op& op) noexcept {
     fill_memory(context, operand, op);
     break;
   }
+}
+
+// F3 90 with REX.B is XCHG of R8 and rAX, not PAUSE, for which Zydis 4.0 takes it.
+bool is_exchange(const ZydisDecodedInstruction& insn) noexcept {
+  return insn.mnemonic == ZYDIS_MNEMONIC_PAUSE && (insn.attributes & ZYDIS_ATTRIB_HAS_REX) != 0 && insn.raw.rex.B != 0;
+}
+
+Step exchange_r8(Cpu& cpu, const Op& op) noexcept {
+  const uint64_t a = cpu.get_reg(rax * 8, op.size);
+  cpu.set_reg(rax * 8, op.size, cpu.get_reg(r8 * 8, op.size));
+  cpu.set_reg(r8 * 8, op.size, a);
+  return Step::next;
 }
 
 bool ends_block(const ZydisDecodedInstruction& insn) noexcept {
@@ -128,6 +149,14 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
   if (!allowed_by_cpuid(cpu.features, insn)) {
     op.complex = undefined_opcode;
     return Result::undefined;
+  }
+  if (is_exchange(insn)) {
+    op.size = insn.raw.rex.W != 0 ? 8 : std::any_of(insn.raw.prefixes, insn.raw.prefixes + insn.raw.prefix_count,
+                                                    [](const auto& prefix) { return prefix.value == 0x66; })
+                                            ? 2
+                                            : 4;
+    op.complex = exchange_r8;
+    return Result::ok;
   }
   if (decode_integer(context, op)) return ends_block(insn) ? Result::last : Result::ok;
   if (decode_system(context, op)) return Result::last;

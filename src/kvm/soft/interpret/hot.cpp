@@ -128,6 +128,13 @@ void call64_op(Cpu& cpu, const Op* op) noexcept {
 void ret64_op(Cpu& cpu, const Op* op) noexcept {
   const uint64_t lin = cpu.gpr[rsp];
   LODGE_STACK_LOAD(uint64_t, target, lin);
+  // Neither half of the canonical space by the common width: look closer.
+  constexpr uint64_t lower_half = uint64_t{1} << 47;
+  if (__builtin_expect((target + lower_half) >> 48 != 0, 0) && !cpu.canonical(target)) {
+    cpu.raise(Exception::gp, 0);
+    leave(cpu, op);
+    return;
+  }
   cpu.gpr[rsp] = lin + 8 + op->imm;
   cpu.rip = target;
 }

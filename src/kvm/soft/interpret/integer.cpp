@@ -183,7 +183,7 @@ Step bit_op(Cpu& cpu, const Op& op) noexcept {
   }
 }
 
-#define LODGE_SCAN(name, insn)                                                                                  \
+#define LODGE_SCAN(name, insn, keeps)                                                                                 \
   Step name(Cpu& cpu, const Op& op) noexcept {                                                                  \
     uint64_t source = 0;                                                                                        \
     if (!load_source(cpu, op, op.size, source)) return Step::fault;                                             \
@@ -192,17 +192,18 @@ Step bit_op(Cpu& cpu, const Op& op) noexcept {
       const T s = static_cast<T>(source);                                                                       \
       T d = cpu.reg<T>(op.dst);                                                                                 \
       asm(LODGE_LOAD_FLAGS insn " %[s], %[d]\n\t" LODGE_SAVE_FLAGS : [d] "+&r"(d), "+&a"(f) : [s] "r"(s) : "cc"); \
-      put<T>(cpu, op.dst, d);                                                                                   \
+      /* Without a set bit BSF and BSR leave all of the destination alone, 32-bit forms included. */            \
+      if (!(keeps) || s != 0) put<T>(cpu, op.dst, d);                                                           \
       cpu.arith = f;                                                                                            \
     };                                                                                                          \
     op.size == 2 ? apply(uint16_t{}) : op.size == 4 ? apply(uint32_t{}) : apply(uint64_t{});                    \
     return Step::next;                                                                                          \
   }
-LODGE_SCAN(bsf, "bsf")
-LODGE_SCAN(bsr, "bsr")
-LODGE_SCAN(tzcnt, "tzcnt")
-LODGE_SCAN(lzcnt, "lzcnt")
-LODGE_SCAN(popcnt, "popcnt")
+LODGE_SCAN(bsf, "bsf", true)
+LODGE_SCAN(bsr, "bsr", true)
+LODGE_SCAN(tzcnt, "tzcnt", false)
+LODGE_SCAN(lzcnt, "lzcnt", false)
+LODGE_SCAN(popcnt, "popcnt", false)
 #undef LODGE_SCAN
 
 // BMI1, BMI2 and ADX: 32- and 64-bit operands. dst, the r/m source, and for three operands the register `imm`.
@@ -786,6 +787,22 @@ bool branch_to(Cpu& cpu, uint64_t target, unsigned size) noexcept {
   return true;
 }
 Step branched(bool ok) noexcept { return ok ? Step::branch : Step::fault; }
+
+// The target is judged before the return address is written, but after its place is found to be writable.
+Step call(Cpu& cpu, const Op& op, uint64_t target) noexcept {
+  const uint64_t old = cpu.rip;
+  if (!branch_to(cpu, target, op.size)) {
+    uint64_t place = 0;
+    const uint64_t top = (cpu.gpr[rsp] - op.size) & cpu.stack_mask();
+    if (cpu.linear(seg_ss, top, op.size, true, place) && check_alignment(cpu, place, op.size) &&
+        cpu.probe_write(place, op.size))
+      cpu.raise(Exception::gp, 0);
+    return Step::fault;
+  }
+  if (cpu.push(cpu.next_rip(op), op.size)) return Step::branch;
+  cpu.rip = old;
+  return Step::fault;
+}
 }  // namespace
 
 Step jmp_indirect(Cpu& cpu, const Op& op) noexcept {
@@ -796,19 +813,11 @@ Step jmp_indirect(Cpu& cpu, const Op& op) noexcept {
 Step call_indirect(Cpu& cpu, const Op& op) noexcept {
   uint64_t target = 0;
   if (!load_destination(cpu, op, op.size, target)) return Step::fault;
-  const uint64_t old = cpu.gpr[rsp];
-  if (!cpu.push(cpu.next_rip(op), op.size)) return Step::fault;
-  if (branch_to(cpu, target, op.size)) return Step::branch;
-  cpu.gpr[rsp] = old;
-  return Step::fault;
+  return call(cpu, op, target);
 }
 
 Step call_relative(Cpu& cpu, const Op& op) noexcept {
-  const uint64_t old = cpu.gpr[rsp];
-  if (!cpu.push(cpu.next_rip(op), op.size)) return Step::fault;
-  if (branch_to(cpu, cpu.gpr[gpr_rip] + op.imm, op.size)) return Step::branch;
-  cpu.gpr[rsp] = old;
-  return Step::fault;
+  return call(cpu, op, cpu.gpr[gpr_rip] + op.imm);
 }
 
 Step jmp_relative(Cpu& cpu, const Op& op) noexcept {

@@ -10,6 +10,11 @@
 
 namespace lodge::kvm::soft::integer {
 
+// Misalignment comes before the page faults of a write that a read-modify-write probes for. #AC(0).
+inline bool check_alignment(Cpu& cpu, uint64_t linear, unsigned size) noexcept {
+  return !cpu.alignment_checks || (linear & (size - 1)) == 0 || cpu.raise(Exception::ac, 0);
+}
+
 // In Op::src: the second operand is not a register but imm.
 inline constexpr uint8_t no_register = 0xff;
 
@@ -56,7 +61,7 @@ bool modify_at(Cpu& cpu, uint64_t linear, F&& f) noexcept {
     return true;
   }
   if (cpu.interrupted_access()) return false;
-  if (!cpu.probe_write(linear, sizeof(T))) return false;
+  if (!check_alignment(cpu, linear, sizeof(T)) || !cpu.probe_write(linear, sizeof(T))) return false;
   const std::lock_guard lock(cpu.platform_split_lock());
   if (!cpu.load_slow(linear, sizeof(T))) return false;
   const T result = f(static_cast<T>(cpu.scratch), flags);

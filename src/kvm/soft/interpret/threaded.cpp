@@ -1,5 +1,7 @@
 #include "kvm/soft/interpret/threaded.hpp"
 
+#include "kvm/soft/interpret/integer.hpp"
+
 namespace lodge::kvm::soft {
 namespace {
 
@@ -29,7 +31,8 @@ bool slow_load(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept 
 
 bool slow_load_for_write(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept {
   const bool stack = op->segment == seg_ss;
-  return finish(cpu, op, check_canonical(cpu, linear, size, stack) && cpu.probe_write(linear, size) &&
+  return finish(cpu, op, check_canonical(cpu, linear, size, stack) && integer::check_alignment(cpu, linear, size) &&
+                             cpu.probe_write(linear, size) &&
                              cpu.load_slow(linear, size));
 }
 

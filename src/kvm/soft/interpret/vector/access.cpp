@@ -81,8 +81,10 @@ bool for_runs(Cpu& cpu, const Op& op, const Form& form, bool write, Act act) {
     if (!cpu.linear(static_cast<SegmentName>(op.segment), (start + offset) & address_mask, size, write,
                     linear))
       return false;
-    if (!check_ac(cpu, linear, form.element_size)) return false;
-    if (!act(linear, offset, size)) return false;
+    // Masked accesses are never #AC: in pieces of one byte, none is misaligned.
+    const unsigned piece = cpu.alignment_checks ? 1 : size;
+    for (unsigned done = 0; done < size; done += piece)
+      if (!act(linear + done, offset + done, piece)) return false;
     bits = first + count >= 64 ? 0 : bits & ~uint64_t{0} << (first + count);
   }
   return true;
@@ -141,6 +143,12 @@ bool check_ac(Cpu& cpu, uint64_t linear, unsigned size) noexcept {
 
 bool locate(Cpu& cpu, const Op& op, unsigned size, bool write, unsigned alignment,
             uint64_t& linear) noexcept {
+  // In 64-bit mode alignment is judged first: an odd address that is not canonical, off RSP or RBP, gives
+  // #GP.
+  if (alignment != 0 && cpu.mode() == Mode::bits64) {
+    const uint64_t base = op.segment >= seg_fs ? cpu.segment[op.segment].base : 0;
+    if (((base + cpu.effective_address(op)) & (alignment - 1)) != 0) return cpu.raise(Exception::gp, 0);
+  }
   if (!cpu.linear(op, size, write, linear)) return false;
   if (alignment != 0 && (linear & (alignment - 1)) != 0) return cpu.raise(Exception::gp, 0);
   return check_ac(cpu, linear, size);
@@ -160,7 +168,7 @@ bool load(Cpu& cpu, const Op& op, const Form& form, Bounce& bounce) noexcept {
 }
 
 bool prepare_store(Cpu& cpu, const Op& op, const Form& form) noexcept {
-  if (partly_masked(cpu, form)) {
+  if (partly_masked(cpu, form) && !form.whole) {
     if (!check_masked_alignment(cpu, op, form, true)) return false;
     return for_runs(cpu, op, form, true,
                     [&](uint64_t linear, unsigned, unsigned size) { return cpu.probe_write(linear, size); });

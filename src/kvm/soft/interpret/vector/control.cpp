@@ -69,8 +69,11 @@ Step byte_masked_store(Cpu& cpu, const Op& op, const uint8_t* data, const uint8_
                                                  : op.address_size == 4 ? uint64_t{0xffff'ffff}
                                                                         : uint64_t{0xffff});
       if (!cpu.linear(static_cast<SegmentName>(op.segment), offset, count, true, linear)) return Step::fault;
-      if (!(write ? cpu.write_bytes(linear, data + first, count) : cpu.probe_write(linear, count)))
-        return Step::fault;
+      if (!write && !cpu.probe_write(linear, count)) return Step::fault;
+      // In bytes when alignment is checked: a byte is never misaligned.
+      const unsigned piece = cpu.alignment_checks ? 1 : count;
+      for (unsigned done = 0; write && done < count; done += piece)
+        if (!cpu.write_bytes(linear + done, data + first + done, piece)) return Step::fault;
       rest &= ~uint32_t{0} << (first + count);
     }
   }

@@ -5,21 +5,13 @@
 #include <bit>
 #include <exception>
 
-#if __has_include("kvm/soft/interpret/gate.hpp")
 #include "kvm/soft/interpret/gate.hpp"
-#endif
 #include "kvm/soft/interpret/vector/gather.hpp"
 #include "kvm/soft/interpret/vector/host.hpp"
 #include "kvm/soft/interpret/vector/run.hpp"
 #include "kvm/soft/interpret/vector/stub.hpp"
 
 namespace lodge::kvm::soft {
-#if !__has_include("kvm/soft/interpret/gate.hpp")
-// Until the gate by CPUID lands: what the host runs, the guest may run.
-static bool allowed_by_cpuid(const Features&, const ZydisDecodedInstruction&) noexcept {
-  return true;
-}
-#endif
 namespace {
 
 using namespace simd;
@@ -224,9 +216,24 @@ bool is_float(ZydisElementType type) {
          type == ZYDIS_ELEMENT_TYPE_FLOAT64;
 }
 
-// Whether MXCSR may matter: anything on floating-point elements but moves. Too often costs a little time
+// Whether MXCSR may matter: exception classes 2, 3 and 11, and all else on floating-point elements but moves
+// (VRCP14 and VFPCLASS heed DAZ). Too often costs a little time
 // only.
 bool uses_mxcsr(const DecodeContext& c) {
+  switch (c.insn.meta.exception_class) {
+    case ZYDIS_EXCEPTION_CLASS_SSE2:
+    case ZYDIS_EXCEPTION_CLASS_SSE3:
+    case ZYDIS_EXCEPTION_CLASS_AVX2:
+    case ZYDIS_EXCEPTION_CLASS_AVX3:
+    case ZYDIS_EXCEPTION_CLASS_AVX11:
+    case ZYDIS_EXCEPTION_CLASS_E2:
+    case ZYDIS_EXCEPTION_CLASS_E2NF:
+    case ZYDIS_EXCEPTION_CLASS_E3:
+    case ZYDIS_EXCEPTION_CLASS_E3NF:
+    case ZYDIS_EXCEPTION_CLASS_E11:
+    case ZYDIS_EXCEPTION_CLASS_E11NF: return true;
+    default: break;
+  }
   switch (c.insn.meta.category) {
     case ZYDIS_CATEGORY_DATAXFER:
     case ZYDIS_CATEGORY_LOGICAL_FP:
@@ -248,15 +255,20 @@ Need need_of(const DecodeContext& c) {
       return has_register(c, ZYDIS_REGCLASS_MASK) ? Need::avx512 : Need::avx;
     default: break;
   }
-  if (insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || insn.meta.isa_set == ZYDIS_ISA_SET_SSE3X87) return Need::x87;
+  // FISTTP is listed under SSE3.
+  if (insn.meta.isa_ext == ZYDIS_ISA_EXT_X87 || insn.mnemonic == ZYDIS_MNEMONIC_FISTTP) return Need::x87;
   const bool mmx = has_register(c, ZYDIS_REGCLASS_MMX);
   if (mmx) return has_register(c, ZYDIS_REGCLASS_XMM) ? Need::sse_mmx : Need::mmx;
   return Need::sse;
 }
 
 // Instructions of exception classes "NF" read all of their operand; the others leave masked elements alone.
-bool suppresses_faults(ZydisExceptionClass klass) {
-  switch (klass) {
+bool suppresses_faults(const ZydisDecodedInstruction& insn) {
+  // Masked by bytes, but each result needs a whole matrix of 8 bytes (class E4NF, which Zydis 4.0 has as E4).
+  if (insn.mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEQB || insn.mnemonic == ZYDIS_MNEMONIC_VGF2P8AFFINEINVQB ||
+      insn.mnemonic == ZYDIS_MNEMONIC_VDBPSADBW || insn.mnemonic == ZYDIS_MNEMONIC_VCVTNE2PS2BF16)
+    return false;
+  switch (insn.meta.exception_class) {
     case ZYDIS_EXCEPTION_CLASS_E1NF:
     case ZYDIS_EXCEPTION_CLASS_E2NF:
     case ZYDIS_EXCEPTION_CLASS_E3NF:
@@ -319,8 +331,10 @@ void set_masking(const DecodeContext& c, const ZydisDecodedOperand& memory, Form
     default: break;
   }
   if (insn.encoding != ZYDIS_INSTRUCTION_ENCODING_EVEX || insn.avx.mask.reg == ZYDIS_REGISTER_NONE ||
-      insn.avx.mask.reg == ZYDIS_REGISTER_K0 || !suppresses_faults(insn.meta.exception_class))
+      insn.avx.mask.reg == ZYDIS_REGISTER_K0 ||
+      (form.direction == Direction::read && !suppresses_faults(insn)))
     return;
+  form.whole = !suppresses_faults(insn);
   form.masking = compresses(insn) ? Masking::compress : Masking::mask;
   form.mask = number(insn.avx.mask.reg);
   const unsigned broadcast = broadcast_elements(insn.avx.broadcast.mode);
@@ -347,7 +361,8 @@ bool set_memory(const DecodeContext& c, Form& form) {
   if (aligned_move(c.insn.mnemonic)) {
     form.alignment = form.memory_size;
   } else if (c.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && bytes == 16 &&
-             !unaligned_sse(c.insn.mnemonic)) {
+             !unaligned_sse(c.insn.mnemonic) &&
+             !(c.insn.meta.isa_set == ZYDIS_ISA_SET_SHA && host().sha_unaligned)) {
     form.alignment = 16;
     form.relaxed_by_mm = true;
   }
@@ -361,6 +376,14 @@ bool decode_stub(const DecodeContext& c, Op& op) {
   if (!set_memory(c, form)) return false;
   const bool x87 = form.need == Need::x87;
   form.uses_mxcsr = !x87 && uses_mxcsr(c);
+  form.silent = c.insn.avx.has_sae || c.insn.avx.rounding.mode != ZYDIS_ROUNDING_MODE_INVALID;
+  switch (c.insn.mnemonic) {
+    case ZYDIS_MNEMONIC_VREDUCEPS:
+    case ZYDIS_MNEMONIC_VREDUCEPD:
+    case ZYDIS_MNEMONIC_VREDUCESS:
+    case ZYDIS_MNEMONIC_VREDUCESD: form.never_tiny = true; break;
+    default: break;
+  }
   if (x87) {
     // FOP shows the guest's own ModRM, which the stub's differs from: it does not belong to the shared form.
     const auto& modrm = c.insn.raw.modrm;

@@ -101,7 +101,7 @@ bool set_fpu(VectorState& v, const kvm_fpu& in) noexcept {
 void get_xsave(const VectorState& v, std::span<uint8_t> area) noexcept {
   std::ranges::fill(area, uint8_t{0});
   if (area.size() < header_end) return;
-  save_x87(v, true, area.data());
+  save_x87(v, Pointers::wide, area.data());
   save_xmm(v, 16, area.data());
   const std::array<uint32_t, 2> control = {mxcsr(v), host().mxcsr_mask};
   std::memcpy(&area[image::mxcsr], control.data(), 8);
@@ -134,7 +134,7 @@ bool set_xsave(VectorState& v, std::span<const uint8_t> area, uint64_t allowed) 
     if ((present >> i & 1) == 0) {
       init_component(v, i, 16);
     } else if (i == component::x87) {
-      load_x87(v, true, area.data());
+      load_x87(v, Pointers::wide, area.data());
     } else if (i == component::sse) {
       load_xmm(v, 16, area.data());
     } else {

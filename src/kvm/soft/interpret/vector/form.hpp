@@ -42,6 +42,9 @@ struct Form {
   uint8_t mask_elements = 0;   // how many mask bits count
   uint8_t alignment = 0;       // #GP when not aligned so; 0: any address
   bool relaxed_by_mm = false;  // no alignment check when MXCSR.MM is set (AMD's misaligned SSE mode)
+  bool whole = false;          // a masked store that needs all of its operand writable all the same
+  bool never_tiny = false;     // VREDUCE reports no underflow, whatever its results
+  bool silent = false;         // embedded rounding or {sae}: all exceptions masked, no flags
   bool uses_mxcsr = false;
 };
 

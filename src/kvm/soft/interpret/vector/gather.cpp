@@ -72,7 +72,10 @@ Step run_gather(Cpu& cpu, const Op& op) noexcept {
   Elements e(cpu, op);
   if (!available(cpu, e.shape().evex != 0 ? Need::avx512 : Need::avx)) return Step::fault;
   for (unsigned i = 0; i < e.shape().count; ++i) {
-    if (!e.active(i)) continue;
+    if (!e.active(i)) {
+      e.done(i);  // as far as the instruction comes, mask elements of VEX forms are cleared entirely
+      continue;
+    }
     uint64_t linear = 0, value = 0;
     if (!e.locate(i, false, linear) || !cpu.read_bytes(linear, &value, e.size())) return Step::fault;
     std::memcpy(e.data(i), &value, e.size());

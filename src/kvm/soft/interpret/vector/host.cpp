@@ -41,6 +41,9 @@ Host::Host() {
 
   alignas(64) std::array<uint8_t, 512> image{};
   asm volatile("fxsave64 %0" : "=m"(image));
+  const Leaf zero = cpuid(0);
+  constexpr uint32_t authentic_amd = 0x6874'7541, hygon_genuine = 0x6f67'7948;  // EBX of leaf 0
+  sha_unaligned = hides_x87_pointers = zero.ebx == authentic_amd || zero.ebx == hygon_genuine;
   uint32_t mask = 0;
   __builtin_memcpy(&mask, &image[28], 4);
   if (mask != 0) mxcsr_mask = mask;

@@ -24,6 +24,9 @@ struct Host {
   bool avx = false;     // VEX instructions and YMM registers
   bool avx512 = false;  // F, BW, DQ and VL together: what the stubs use to load and store registers
   uint32_t mxcsr_mask = 0xffff;
+  bool sha_unaligned = false;  // AMD's SHA instructions take any address
+  // FXSAVE and XSAVE store zeros for FOP, FIP and FDP unless an x87 exception is pending (AMD).
+  bool hides_x87_pointers = false;
   std::bitset<ZYDIS_ISA_SET_MAX_VALUE + 1> runs;            // instruction sets this processor executes
   std::array<uint32_t, component::count> offset{}, size{};  // of components in the standard format
   std::array<bool, component::count> aligned{};             // to 64 bytes in the compacted format

@@ -77,14 +77,26 @@ void init_component(VectorState& v, unsigned which, unsigned registers) noexcept
   }
 }
 
-void save_x87(const VectorState& v, bool wide, uint8_t* region) noexcept {
+namespace {
+
+// Clears what FIP and FDP do not have in this format.
+void trim(Pointers pointers, uint8_t* region) {
+  const unsigned kept = pointers == Pointers::wide ? 8 : pointers == Pointers::selectors ? 6 : 4;
+  for (const unsigned at : {image::fip, image::fdp}) std::memset(region + at + kept, 0, 8 - kept);
+}
+
+}  // namespace
+
+void save_x87(const VectorState& v, Pointers pointers, uint8_t* region) noexcept {
   std::memcpy(region, v.fx.data(), 24);
-  if (!wide) std::memset(region + 14, 0, 2), std::memset(region + 22, 0, 2);
+  const bool pending = (v.fx[image::fsw] & 0x80) != 0;
+  if (host().hides_x87_pointers && !pending) std::memset(region + image::fop, 0, 18);
+  trim(pointers, region);
   std::memcpy(region + 32, &v.fx[32], 128);
   region[5] = 0;
 }
 
-void load_x87(VectorState& v, bool wide, const uint8_t* region) noexcept {
+void load_x87(VectorState& v, Pointers pointers, const uint8_t* region) noexcept {
   const auto word = [&](unsigned at) {
     uint16_t value = 0;
     std::memcpy(&value, region + at, 2);
@@ -97,7 +109,7 @@ void load_x87(VectorState& v, bool wide, const uint8_t* region) noexcept {
   load_fsw(v, word(2));
   v.fx[5] = 0;
   put(v, image::fop, static_cast<uint16_t>(word(6) & 0x7ff));
-  if (!wide) std::memset(&v.fx[14], 0, 2), std::memset(&v.fx[22], 0, 2);
+  trim(pointers, v.fx.data());
 }
 
 void save_xmm(const VectorState& v, unsigned registers, uint8_t* region) noexcept {

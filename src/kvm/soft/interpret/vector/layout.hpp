@@ -24,9 +24,12 @@ void load_component(VectorState& v, unsigned component, unsigned registers, cons
 // Any component, SSE without MXCSR.
 void init_component(VectorState& v, unsigned component, unsigned registers) noexcept;
 
-// The legacy region: x87 (bytes 0-23, 32-159), XMM registers (160-415).
-void save_x87(const VectorState& v, bool wide, uint8_t* region) noexcept;
-void load_x87(VectorState& v, bool wide, const uint8_t* region) noexcept;
+// The legacy region: x87 (bytes 0-23, 32-159), XMM registers (160-415). In 64-bit mode without REX.W the
+// selectors' place is zero: VectorState has only the upper halves of 64-bit pointers there.
+// `pointers` says what the instruction pointers are: 64-bit (REX.W), or 32-bit with selectors.
+enum class Pointers : uint8_t { wide, narrow, selectors };
+void save_x87(const VectorState& v, Pointers pointers, uint8_t* region) noexcept;
+void load_x87(VectorState& v, Pointers pointers, const uint8_t* region) noexcept;
 void save_xmm(const VectorState& v, unsigned registers, uint8_t* region) noexcept;
 void load_xmm(VectorState& v, unsigned registers, const uint8_t* region) noexcept;
 

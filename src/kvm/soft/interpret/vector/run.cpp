@@ -43,17 +43,19 @@ struct Registers {
 // False when an unmasked exception was raised; the registers are then as before.
 bool run_with_exceptions(Cpu& cpu, const Form& form, Bounce& bounce) {
   const uint32_t guest = mxcsr(cpu.vector);
-  const uint32_t unmasked = ~(guest >> 7) & mxcsr_flags;
+  const uint32_t unmasked = form.silent ? 0 : ~(guest >> 7) & mxcsr_flags;
   bounce.mxcsr_in = (guest | mxcsr_masks) & ~mxcsr_flags;
   if (unmasked == 0) {
     form.stub(&cpu, &bounce);
     return true;
   }
+  // Flush-to-zero has no effect while underflow is unmasked.
+  if ((unmasked & underflow) != 0) bounce.mxcsr_in &= ~mxcsr_ftz;
   const uint32_t in = bounce.mxcsr_in;
   const Registers before(cpu);
   form.stub(&cpu, &bounce);
   uint32_t raised = bounce.mxcsr_out & mxcsr_flags;
-  if ((unmasked & underflow) != 0 && (raised & underflow) == 0) {
+  if ((unmasked & underflow) != 0 && (raised & underflow) == 0 && !form.never_tiny) {
     const Registers after(cpu);
     Bounce second = bounce;
     second.mxcsr_in = in | mxcsr_ftz;

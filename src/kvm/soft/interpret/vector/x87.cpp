@@ -103,6 +103,8 @@ Step run_x87(Cpu& cpu, const Op& op) noexcept {
   VectorState& v = cpu.vector;
   Bounce bounce;
   if (form.direction == Direction::read && !load(cpu, op, form, bounce)) return Step::fault;
+  // Memory faults come before the instruction's own exceptions, which may then leave memory alone.
+  if (form.direction == Direction::write && !prepare_store(cpu, op, form)) return Step::fault;
   // The stub must not meet a pending exception (it would be the host's #MF): with CR0.NE clear there may be
   // one.
   const uint16_t sticky = x87_pending(cpu) ? get<uint16_t>(v, image::fsw) & exceptions : 0;
@@ -264,17 +266,18 @@ void load_environment(Cpu& cpu, const Environment& e, unsigned width) {
   load_fsw(v, word(1));
   v.fx[image::ftw] = abridged_tags(word(2));
   uint64_t fip = 0, fdp = 0, fop = 0;
+  const bool code64 = cpu.mode() == Mode::bits64;
   if (real_format(cpu)) {
     fip = e.get(3 * width, 2) | e.get(4 * width, width) >> 12 << 16;
     fop = e.get(4 * width, 2) & 0x7ff;
     fdp = e.get(5 * width, 2) | e.get(6 * width, width) >> 12 << 16;
   } else if (width == 4) {
-    fip = e.get(12, 4) | (cpu.mode() == Mode::bits64 ? 0 : e.get(16, 2) << 32);
+    fip = e.get(12, 4) | (code64 ? 0 : e.get(16, 2) << 32);
     fop = e.get(18, 2) & 0x7ff;
-    fdp = e.get(20, 4) | (cpu.mode() == Mode::bits64 ? 0 : e.get(24, 2) << 32);
+    fdp = e.get(20, 4) | (code64 ? 0 : e.get(24, 2) << 32);
   } else {
-    fip = e.get(6, 2) | e.get(8, 2) << 32;
-    fdp = e.get(10, 2) | e.get(12, 2) << 32;
+    fip = e.get(6, 2) | (code64 ? 0 : e.get(8, 2) << 32);
+    fdp = e.get(10, 2) | (code64 ? 0 : e.get(12, 2) << 32);
   }
   put(v, image::fip, fip);
   put(v, image::fdp, fdp);

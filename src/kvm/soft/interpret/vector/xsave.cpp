@@ -20,6 +20,11 @@ unsigned registers_of(const Cpu& cpu) {
   return cpu.mode() == Mode::bits64 ? 16 : 8;
 }
 
+Pointers pointers_of(const Cpu& cpu, const Op& op) {
+  if (cpu.mode() != Mode::bits64) return Pointers::selectors;
+  return op.dst != 0 ? Pointers::wide : Pointers::narrow;
+}
+
 bool fx_ready(Cpu& cpu) {
   return (cpu.cr0 & (cr0::em | cr0::ts)) == 0 || cpu.raise(Exception::nm);
 }
@@ -39,7 +44,7 @@ Step run_fxsave(Cpu& cpu, const Op& op) noexcept {
     return Step::fault;
   }
   std::array<uint8_t, 416> region{};
-  save_x87(cpu.vector, op.dst != 0, region.data());
+  save_x87(cpu.vector, pointers_of(cpu, op), region.data());
   const std::array<uint32_t, 2> control = {mxcsr(cpu.vector), host().mxcsr_mask};
   std::memcpy(&region[image::mxcsr], control.data(), 8);
   // What is not stored stays as it is in memory: XMM8-15 outside 64-bit mode, all XMM with FFXSR.
@@ -66,7 +71,7 @@ Step run_fxrstor(Cpu& cpu, const Op& op) noexcept {
     cpu.raise(Exception::gp, 0);
     return Step::fault;
   }
-  load_x87(cpu.vector, op.dst != 0, region.data());
+  load_x87(cpu.vector, pointers_of(cpu, op), region.data());
   set_mxcsr(cpu.vector, new_mxcsr);
   if (!skips_xmm(cpu)) load_xmm(cpu.vector, registers_of(cpu), region.data());
   return Step::next;
@@ -111,7 +116,7 @@ Step save(Cpu& cpu, const Op& op, Variant variant) {
   const unsigned registers = registers_of(cpu);
   bool ok = true;
   if (has(component::x87)) {
-    save_x87(v, op.dst != 0, bytes.data());
+    save_x87(v, pointers_of(cpu, op), bytes.data());
     ok = cpu.write_bytes(linear, bytes.data(), 24) && cpu.write_bytes(linear + 32, &bytes[32], 128);
   }
   // MXCSR goes with SSE, and in the standard format with AVX, also where registers are left out.
@@ -185,7 +190,7 @@ Step restore(Cpu& cpu, const Op& op, bool supervisor) {
     if ((loaded >> i & 1) == 0) {
       init_component(v, i, registers);
     } else if (i == component::x87) {
-      load_x87(v, op.dst != 0, area.data());
+      load_x87(v, pointers_of(cpu, op), area.data());
     } else if (i == component::sse) {
       load_xmm(v, registers, area.data());
     } else {

@@ -1,0 +1,38 @@
+// One instruction to be executed twice, and what came of it.
+//
+// Both sides see the same addresses: a page of code and a window of three pages, of which the first two are
+// writable and the third is read-only; nothing is mapped around them. All lies below 2 GiB, so that every
+// form of address reaches it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+namespace lodge::oracle {
+
+inline constexpr uint64_t page = 4096;
+inline constexpr uint64_t window_base = 0x5000'0000, window_writable = 2 * page, window_size = 3 * page;
+inline constexpr uint64_t code_base = 0x5100'0000, code_rip = code_base + 0x800;
+inline constexpr unsigned xsave_size = 2752;  // the x87, SSE, AVX and AVX-512 components of known hosts
+
+struct State {
+  std::array<uint64_t, 16> gpr{};  // by encoding number
+  uint64_t rip = 0, rflags = 0;
+  alignas(64) std::array<uint8_t, xsave_size> xsave{};  // standard format of the host
+};
+
+struct Outcome {
+  State state;
+  int32_t exception = -1;  // vector, or -1
+  uint64_t error = 0, cr2 = 0;
+  std::array<uint8_t, window_size> memory{};
+};
+
+struct Case {
+  std::array<uint8_t, 16> code{};
+  uint8_t length = 0;
+  bool whole = false;  // stop behind the instruction (INT3) instead of single-stepping it: repeated strings
+  State state;
+};
+
+}  // namespace lodge::oracle
