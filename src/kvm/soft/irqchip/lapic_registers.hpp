@@ -54,4 +54,35 @@ constexpr uint32_t esr_illegal_register = 1u << 7;
 
 enum TimerMode : unsigned { one_shot = 0, periodic = 1, tsc_deadline_mode = 2 };
 
+// Which registers can be read.
+constexpr bool reg_readable(unsigned reg, bool x2apic) noexcept {
+  if (reg >= reg_isr && reg < reg_irr + 8) return true;
+  if (reg >= reg_icr && reg <= reg_current_count) return reg != reg_icr_high || !x2apic;
+  switch (reg) {
+    case reg_id:
+    case reg_version:
+    case reg_tpr:
+    case reg_ppr:
+    case reg_ldr:
+    case reg_svr:
+    case reg_esr:
+    case reg_divide: return true;
+    case reg_apr:
+    case reg_eoi:
+    case reg_dfr: return !x2apic;
+    default: return false;
+  }
+}
+
+// Which bits of an LVT entry can be written.
+constexpr uint32_t lvt_writable(unsigned reg) noexcept {
+  switch (reg) {
+    case reg_lvt_timer: return lvt_masked | lvt_vector | lvt_timer_mode;
+    case reg_lvt_lint0:
+    case reg_lvt_lint1: return lvt_masked | lvt_vector | lvt_mode | lvt_pin;
+    case reg_lvt_error: return lvt_masked | lvt_vector;
+    default: return lvt_masked | lvt_vector | lvt_mode;
+  }
+}
+
 }  // namespace lodge::kvm::soft::apic
