@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <cerrno>
 #include <system_error>
 
 #include "base/error.hpp"
@@ -13,14 +12,6 @@
 
 namespace lodge::vm {
 namespace {
-
-std::unique_ptr<kvm::System> open_soft() {
-#ifdef LODGE_SOFT
-  return kvm::soft::open();
-#else
-  throw_errno(ENOSYS, "the soft accelerator is not part of this build");
-#endif
-}
 
 constexpr auto measuring_time = std::chrono::milliseconds(150);
 
@@ -40,7 +31,7 @@ AcceleratorReport examine_soft() {
   AcceleratorReport report;
   report.name = "soft";
   try {
-    const auto system = open_soft();
+    const auto system = kvm::soft::open();
     report.available = true;
     report.mips = measure_mips(*system, measuring_time);
     report.boots_kernels = report.mips > 0;
@@ -72,11 +63,11 @@ HostReport examine_host() {
 }
 
 Selected open_accelerator(Accelerator wanted) {
-  if (wanted == Accelerator::soft) return {open_soft(), {}};
+  if (wanted == Accelerator::soft) return {kvm::soft::open(), {}};
   if (wanted == Accelerator::kvm) return {kvm::host::open(), {}};
   const AcceleratorReport kvm = examine_kvm();
   if (kvm.boots_kernels) return {kvm::host::open(), {}};
-  return {open_soft(), fmt::format("using the soft accelerator: {}", why_not_kvm(kvm))};
+  return {kvm::soft::open(), fmt::format("using the soft accelerator: {}", why_not_kvm(kvm))};
 }
 
 }  // namespace lodge::vm

@@ -14,11 +14,7 @@ namespace {
 using testing::HasSubstr;
 using testing_support::Seconds;
 
-#ifdef LODGE_SOFT
 constexpr const char* accelerator = "soft";
-#else
-constexpr const char* accelerator = "kvm";
-#endif
 
 class BadInput : public testing::Test {
  protected:

@@ -20,18 +20,11 @@ class Life : public testing::TestWithParam<Accelerator> {
   void SetUp() override {
     if (GetParam() == Accelerator::kvm && ::access("/dev/kvm", R_OK | W_OK) != 0)
       GTEST_SKIP() << "no usable /dev/kvm";
-#ifndef LODGE_SOFT
-    if (GetParam() == Accelerator::soft) GTEST_SKIP() << "the soft accelerator is not in this build yet";
-#endif
     std::filesystem::create_directory(dir_);
   }
-  void TearDown() override {
-    std::filesystem::remove_all(dir_);
-  }
+  void TearDown() override { std::filesystem::remove_all(dir_); }
 
-  std::string output(const std::string& name) const {
-    return dir_ + "/" + name;
-  }
+  std::string output(const std::string& name) const { return dir_ + "/" + name; }
   std::unique_ptr<VirtualMachine> machine(const std::string& name, const std::string& action) {
     VmConfig config;
     config.name = name;

@@ -29,9 +29,6 @@ class Run : public testing::TestWithParam<const char*> {
   void SetUp() override {
     if (std::string(GetParam()) == "kvm" && ::access("/dev/kvm", R_OK | W_OK) != 0)
       GTEST_SKIP() << "no usable /dev/kvm";
-#ifndef LODGE_SOFT
-    if (std::string(GetParam()) == "soft") GTEST_SKIP() << "the soft accelerator is not in this build yet";
-#endif
   }
   std::vector<std::string> command(const std::string& action, std::vector<std::string> more = {}) {
     std::vector<std::string> arguments = {LODGE_BINARY, "run",     "--kernel", LODGE_GUEST, "--memory",

@@ -21,11 +21,6 @@ using testing_support::Seconds;
 
 // For a loaded machine with sanitizers: an idle one needs a tenth of it.
 constexpr Seconds boot_patience(600), answer_patience(60);
-#ifdef LODGE_SOFT
-constexpr bool has_soft = true;
-#else
-constexpr bool has_soft = false;
-#endif
 constexpr const char* userland = "lodge-guest: userland after";
 
 class Boot : public testing::Test {
@@ -61,8 +56,7 @@ class Boot : public testing::Test {
   }
 };
 
-#define NEEDS_GUEST(name)                                                         \
-  if (!has_soft) GTEST_SKIP() << "the soft accelerator is not in this build yet"; \
+#define NEEDS_GUEST(name) \
   if (missing(name)) GTEST_SKIP() << "guest '" << (name) << "' is not there: run scripts/fetch-guests"
 
 TEST_F(Boot, CloudKernelWithOneCpu) {
