@@ -23,7 +23,7 @@ using lodge::testing_support::Seconds;
 struct Side {
   std::string name;
   std::vector<std::string> command;
-  std::vector<double> userland, off;  // seconds
+  std::vector<double> userland, off, cpu;  // seconds
 };
 
 struct Options {
@@ -50,6 +50,7 @@ bool boot(Side& side) {
   side.userland.push_back(now() - start);
   const int status = process.wait_exit(patience);
   side.off.push_back(now() - start);
+  side.cpu.push_back(process.cpu_seconds());
   if (status != 0) fmt::print(stderr, "{} ended with status {}:\n{}\n", side.name, status, process.err());
   return status == 0;
 }
@@ -67,19 +68,24 @@ nlohmann::json to_json(const Side& side) {
   return {{"name", side.name},
           {"userland_s",
            {{"min", minimum(side.userland)}, {"median", median(side.userland)}, {"all", side.userland}}},
-          {"power_off_s", {{"min", minimum(side.off)}, {"median", median(side.off)}, {"all", side.off}}}};
+          {"power_off_s", {{"min", minimum(side.off)}, {"median", median(side.off)}, {"all", side.off}}},
+          {"cpu_s", {{"min", minimum(side.cpu)}, {"median", median(side.cpu)}, {"all", side.cpu}}}};
 }
 
 void print_table(const std::vector<Side>& sides) {
-  fmt::print("{:<22} {:>14} {:>17} {:>15} {:>18}\n", "", "userland min", "userland median", "power-off min",
-             "power-off median");
-  for (const auto& side : sides) {
-    fmt::print("{:<22} {:>12.2f} s {:>15.2f} s {:>13.2f} s {:>16.2f} s\n", side.name, minimum(side.userland),
-               median(side.userland), minimum(side.off), median(side.off));
-  }
-  fmt::print("{:<22} {:>13.2f}x {:>16.2f}x\n", "ratio, lodge to peer",
-             minimum(sides[0].userland) / minimum(sides[1].userland),
-             median(sides[0].userland) / median(sides[1].userland));
+  fmt::print("{:<24}{:>24}{:>24}{:>24}\n", "minimum / median", "to userland", "to power-off",
+             "processor time");
+  const auto cell = [](const std::vector<double>& values) {
+    return fmt::format("{:.2f} / {:.2f} s", minimum(values), median(values));
+  };
+  for (const auto& side : sides)
+    fmt::print("{:<24}{:>24}{:>24}{:>24}\n", side.name, cell(side.userland), cell(side.off), cell(side.cpu));
+  const auto ratio = [&](std::vector<double> Side::*values) {
+    return fmt::format("{:.1f}x / {:.1f}x", minimum(sides[0].*values) / minimum(sides[1].*values),
+                       median(sides[0].*values) / median(sides[1].*values));
+  };
+  fmt::print("{:<24}{:>24}{:>24}{:>24}\n", "ratio", ratio(&Side::userland), ratio(&Side::off),
+             ratio(&Side::cpu));
 }
 
 }  // namespace
@@ -114,7 +120,7 @@ int main(int argc, char** argv) {
         "--append", append, "--cpus", cpus, "--memory", options.memory, "--no-reboot"},
        {},
        {}},
-      {"qemu tcg, -cpu max, q35",
+      {"qemu tcg -cpu max q35",
        {options.qemu, "-accel",     "tcg",          "-cpu",     "max",     "-M",       "q35",     "-smp",
         cpus,         "-m",         options.memory, "-display", "none",    "-monitor", "none",    "-serial",
         "stdio",      "-no-reboot", "-kernel",      kernel,     "-initrd", initrd,     "-append", append},

@@ -35,6 +35,7 @@ class Process {
   const std::string& out() const { return out_; }
   const std::string& err() const { return err_; }
   pid_t pid() const { return pid_; }
+  double cpu_seconds() const { return cpu_seconds_; }  // of the child, after wait_exit()
 
  private:
   bool pump(std::chrono::steady_clock::time_point end);
@@ -42,6 +43,7 @@ class Process {
   pid_t pid_ = -1;
   Fd input_, output_, errors_;
   std::string out_, err_;
+  double cpu_seconds_ = 0;
 };
 
 struct Result {
