@@ -88,7 +88,7 @@ class Machine {
     kvm_userspace_memory_region region{};
     region.memory_size = size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram_);
-    memory_.slots.push_back(std::make_shared<Slot>(region));
+    memory_.slots.push_back(std::make_shared<Slot>(region, code_epoch_));
     cpu.memory = &memory_;
     set_features(host_cpuid());
     reset_cpu(cpu, false);
@@ -236,6 +236,7 @@ class Machine {
     cpu.set_cpl(cpl);
   }
 
+  std::atomic<uint32_t> code_epoch_{0};
   MemoryMap memory_;
   uint8_t* ram_;
   Decoder decoder_;

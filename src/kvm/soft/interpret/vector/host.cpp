@@ -14,7 +14,7 @@ struct Leaf {
 
 Leaf cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   Leaf r;
-  if (leaf > __get_cpuid_max(leaf & 0x8000'0000, nullptr)) return {};
+  if (leaf > static_cast<uint32_t>(__get_cpuid_max(leaf & 0x8000'0000, nullptr))) return {};
   __cpuid_count(leaf, subleaf, r.eax, r.ebx, r.ecx, r.edx);
   return r;
 }
