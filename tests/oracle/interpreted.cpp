@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <mutex>
@@ -63,7 +64,7 @@ struct Interpreted::Machine {
     kvm_userspace_memory_region region = {};
     region.memory_size = ram_size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram);
-    map.slots.push_back(std::make_shared<Slot>(region));
+    map.slots.push_back(std::make_shared<Slot>(region, code_epoch));
     cpu.memory = &map;
     set_up_cpu();
   }
@@ -106,6 +107,7 @@ struct Interpreted::Machine {
 
   uint8_t* ram = nullptr;
   NoPlatform platform;
+  std::atomic<uint32_t> code_epoch{0};
   MemoryMap map;
   Cpu cpu{platform, 0};
   Decoder decoder;
