@@ -92,6 +92,7 @@ bool level_keeps(uint32_t leaf) {
     case 0:
     case 1:
     case 4:
+    case 6:
     case 7:
     case 0xb:
     case 0xd:
@@ -101,9 +102,11 @@ bool level_keeps(uint32_t leaf) {
     case 0x80000002:
     case 0x80000003:
     case 0x80000004:
+    case 0x80000007:
     case 0x80000008:
     case 0x8000001d:
-    case 0x8000001e: return true;
+    case 0x8000001e:
+    case 0x80000021: return true;
     default: return (leaf >> 8) == 0x400000;  // the hypervisor's own
   }
 }
@@ -139,7 +142,11 @@ void cut_to_level(CpuidEntries& entries, unsigned level, std::string_view model)
     }
   };
   clear(1, ~0u, ~0u, pc_leaf1_ecx, pc_leaf1_edx);
-  clear(7, 0u, 0u, 0u, 0u);
+  // An APIC timer that never stops and an invariant TSC, or Linux distrusts the clock of several processors; and what
+  // spares guests the mitigations of flaws that are not there.
+  clear(6, bit(2), 0u, 0u, 0u);
+  clear(0x80000007, 0u, 0u, 0u, bit(8));
+  clear(7, 0u, 0u, 0u, bit(29));
   clear(0x80000001, ~0u, ~0u, amd_platform_ecx, pc_ext1_edx | amd_mirror);
   clear(0x80000008, ~0u, 0u, ~0u, 0u);
   for (const auto& feature : level_features) {

@@ -12,7 +12,7 @@ namespace lodge::kvm::soft {
 
 // The subset of the host's processor that soft implements (KVM_GET_SUPPORTED_CPUID). A white list: unknown
 // bits stay hidden. APIC IDs and the processor count are zero, for the VMM to fill in. With `tsc_khz` the
-// frequency leaf 0x40000010 is present. The named models are kvm/cpu_model.hpp.
+// frequency leaf 0x40000010 is present. The named models are vm/cpuid.hpp.
 std::vector<kvm_cpuid_entry2> host_cpuid(uint32_t tsc_khz = 0);
 
 // The CPUID instruction: Features::query and the bits that follow CR4, XCR0 and the APIC.

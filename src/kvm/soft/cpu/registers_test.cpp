@@ -4,7 +4,6 @@
 #include <cerrno>
 #include <set>
 
-#include "kvm/cpu_model.hpp"
 #include "kvm/soft/cpu/control.hpp"
 #include "kvm/soft/cpu/cpuid_bits.hpp"
 #include "kvm/soft/cpu/exchange.hpp"
@@ -264,27 +263,6 @@ TEST_F(Registers, LeavesBeyondTheLastFollowTheVendor) {
   } else {
     EXPECT_EQ(beyond.eax, host.query(0xd, 0).eax);
   }
-}
-
-TEST_F(Registers, LevelsHideWhatTheyDoNotContain) {
-  const Features v2(cpu_model(host_cpuid(), "x86-64-v2"));
-  EXPECT_EQ(v2.leaf1_ecx & (cpuid1_ecx::avx | cpuid1_ecx::aes | cpuid1_ecx::xsave), 0u);
-  EXPECT_NE(v2.leaf1_ecx & cpuid1_ecx::sse42, 0u);
-  EXPECT_NE(v2.leaf7_ebx & cpuid7_ebx::smep, 0u);
-  EXPECT_EQ(v2.xcr0_valid, 1u);
-  if (!__builtin_cpu_supports("avx2")) GTEST_SKIP() << "the host lacks level 3";
-  const Features v3(cpu_model(host_cpuid(), "x86-64-v3"));
-  EXPECT_NE(v3.leaf7_ebx & cpuid7_ebx::avx2, 0u);
-  EXPECT_EQ(v3.leaf7_ebx & cpuid7_ebx::avx512f, 0u);
-  EXPECT_EQ(v3.xcr0_valid, 7u);
-  EXPECT_EQ(v3.query(0xd, 0).ecx, 832u);
-}
-
-TEST_F(Registers, UnknownAndImpossibleModelsAreUsageErrors) {
-  EXPECT_THROW(cpu_model(host_cpuid(), "pentium"), std::runtime_error);
-  auto entries = host_cpuid();
-  std::erase_if(entries, [](const kvm_cpuid_entry2& entry) { return entry.function == 7; });
-  EXPECT_THROW(cpu_model(entries, "x86-64-v4"), std::runtime_error);
 }
 
 // --- exchange ----------------------------------------------------------------------------------------------

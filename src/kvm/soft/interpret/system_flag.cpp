@@ -1,5 +1,7 @@
 // The interrupt flag and what virtual-8086 mode (VME) and protected-mode virtual interrupts (PVI) make of it.
 // SDM volume 3, chapter 20; volume 2, CLI, STI, PUSHF, POPF.
+#include <ctime>
+
 #include "kvm/soft/interpret/system.hpp"
 
 namespace lodge::kvm::soft::system {
@@ -50,8 +52,12 @@ Step monitor_address(Cpu& cpu, const Op& op) noexcept {
   return cpu.linear(name, offset, 1, false, address) && cpu.read(address, byte) ? Step::next : Step::fault;
 }
 
+// A nap in place of watching: short against what a waker expects, long against the interpreter's own work, so
+// that an idle loop of MWAIT costs little. A signal to the vCPU's thread ends it.
 Step wait(Cpu& cpu, const Op& op) noexcept {
   if ((static_cast<uint32_t>(cpu.gpr[rcx]) & ~3u) != 0) return general_protection(cpu);
+  constexpr timespec nap{.tv_sec = 0, .tv_nsec = 50'000};
+  if (cpu.request.load(std::memory_order_relaxed) == 0) nanosleep(&nap, nullptr);
   return end_block(cpu, op);
 }
 
