@@ -109,6 +109,8 @@ class Guest {
   void set_gate(unsigned vector, uint16_t selector, uint64_t offset, uint8_t access = 0x8e);
   // Puts the vCPU into `mode` at `ip` with the harness's tables, interrupts off.
   void enter(Mode mode, unsigned index = 0, uint64_t ip = code_gpa);
+  // Only says which mode the vCPU is in, for a state that came from elsewhere.
+  void enter_as(Mode mode) noexcept { mode_ = mode; }
   // CPL 3 in 64-bit mode (or 32-bit, as the mode of the last enter() is).
   void to_user(unsigned index = 0);
 
