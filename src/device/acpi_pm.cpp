@@ -20,7 +20,7 @@ constexpr uint64_t PM1_STS = 0, PM1_EN = 2, PM1_CNT = 4, PM_TMR = 8;
 constexpr uint64_t GPE0_STS = layout::acpi_gpe0_offset, GPE0_EN = GPE0_STS + layout::acpi_gpe0_size / 2,
                    GPE0_END = GPE0_STS + layout::acpi_gpe0_size;
 
-constexpr uint16_t TMR_STS = 1u << 0, PWRBTN_STS = 1u << 8;
+constexpr uint16_t TMR_STS = 1u << 0, PWRBTN_STS = 1u << 8, RTC_STS = 1u << 10;
 constexpr uint16_t PM1_STS_MASK = 0xcf31;  // TMR, BM, GBL, PWRBTN, SLPBTN, RTC, PCIEXP_WAKE, WAK
 constexpr uint16_t PM1_EN_MASK = 0x4721;   // TMR, GBL, PWRBTN, SLPBTN, RTC, PCIEXP_WAKE_DIS
 constexpr uint16_t SCI_EN = 1u << 0, BM_RLD = 1u << 1, SLP_EN = 1u << 13, SLP_TYP = 7u << 10;
@@ -88,6 +88,13 @@ bool AcpiPm::press_power_button() noexcept {
   state_.pm1_status |= PWRBTN_STS;
   sync();
   return (state_.pm1_control & SCI_EN) && (state_.pm1_enable & PWRBTN_STS);
+}
+
+void AcpiPm::RtcInput::set(bool level) noexcept {
+  std::lock_guard lock(pm_.mutex_);
+  if (level && !level_) pm_.state_.pm1_status |= RTC_STS;
+  level_ = level;
+  pm_.sync();
 }
 
 void AcpiPm::raise_gpe(unsigned event) noexcept {

@@ -43,6 +43,10 @@ class AcpiPm final : public machine::RegisterWindow, public Savable {
   // Two ports from smi_command_port on.
   machine::RegisterWindow& smi_window() noexcept { return smi_; }
 
+  // What the real-time clock's interrupt drives besides IRQ 8: its rise is the RTC event, which Linux uses
+  // for alarms when the HPET has taken IRQ 8.
+  machine::Interrupt& rtc_input() noexcept { return rtc_; }
+
   // The user presses the power button for a moment: an event for the guest, which decides. Returns false when
   // the guest has not enabled the event (no ACPI driver yet), so that nobody waits for an answer. Any thread.
   bool press_power_button() noexcept;
@@ -69,6 +73,16 @@ class AcpiPm final : public machine::RegisterWindow, public Savable {
     AcpiPm& pm_;
   };
 
+  class RtcInput final : public machine::Interrupt {
+   public:
+    explicit RtcInput(AcpiPm& pm) : pm_(pm) {}
+    void set(bool level) noexcept override;
+
+   private:
+    AcpiPm& pm_;
+    bool level_ = false;  // guarded by pm_.mutex_
+  };
+
   uint64_t ticks() const noexcept;
   uint8_t register_byte(uint64_t offset, uint32_t timer) const noexcept;
   void set_register_byte(uint64_t offset, uint8_t value) noexcept;
@@ -85,6 +99,7 @@ class AcpiPm final : public machine::RegisterWindow, public Savable {
   uint64_t seen_ticks_ = 0;  // up to where overflows have been noted
   bool level_ = false;
   SmiWindow smi_{*this};
+  RtcInput rtc_{*this};
   std::unique_ptr<Timer> timer_;  // last: its callback uses everything above
 };
 

@@ -105,6 +105,18 @@ TEST_F(AcpiPmTest, TheTimerStatusIsSetWithoutItsEnableBit) {
   EXPECT_FALSE(sci.level);
 }
 
+TEST_F(AcpiPmTest, TheRtcEventComesWithTheRiseOfTheClocksInterrupt) {
+  enable_acpi();
+  pm.write(PM1_EN, 2, 0x400);
+  pm.rtc_input().set(true);
+  EXPECT_TRUE(sci.level);
+  pm.write(PM1_STS, 2, 0x400);
+  EXPECT_FALSE(sci.level) << "the level that stays is no new event";
+  pm.rtc_input().set(false);
+  pm.rtc_input().set(true);
+  EXPECT_EQ(pm.read(PM1_STS, 2), 0x400u);
+}
+
 TEST_F(AcpiPmTest, GeneralPurposeEventsRaiseTheSciAndAreClearedByOnes) {
   enable_acpi();
   pm.write(GPE0_EN, 1, 0x04);

@@ -49,4 +49,19 @@ class SharedLine {
   unsigned high_ = 0;
 };
 
+// One source on two lines.
+class SplitLine final : public machine::Interrupt {
+ public:
+  // Both must outlive this object.
+  SplitLine(machine::Interrupt& first, machine::Interrupt& second) : first_(first), second_(second) {}
+  void set(bool level) noexcept override {
+    first_.set(level);
+    second_.set(level);
+  }
+
+ private:
+  machine::Interrupt& first_;
+  machine::Interrupt& second_;
+};
+
 }  // namespace lodge::device

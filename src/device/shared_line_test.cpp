@@ -32,5 +32,14 @@ TEST(SharedLine, ARepeatedLevelCountsOnce) {
   EXPECT_FALSE(out.level);
 }
 
+TEST(SplitLine, DrivesBothEnds) {
+  testing::FakeInterrupt first, second;
+  SplitLine line(first, second);
+  line.set(true);
+  EXPECT_TRUE(first.level && second.level);
+  line.set(false);
+  EXPECT_FALSE(first.level || second.level);
+}
+
 }  // namespace
 }  // namespace lodge::device

@@ -57,8 +57,8 @@ Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Back
     : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
   memory_.attach(*vm_, 0);
   create_irqchip();
-  create_timers(clock);
   create_chipset(clock, power);
+  create_timers(clock);  // after the chipset: the RTC also drives the ACPI chip
   create_pci();
   create_firmware_configuration(config);
   create_serial_ports(clock);
@@ -112,7 +112,9 @@ void Machine::create_timers(Clock& clock) {
                          .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
                          .legacy_replacement = [this](bool replaced) { replace_pit(replaced); }});
   mount(mmio_, layout::hpet_base, device::Hpet::window_size, *hpet_, "HPET");
-  rtc_ = std::make_unique<device::Rtc>(clock, hpet_->rtc_input());
+  // Also to the ACPI chip: when the HPET has taken IRQ 8, Linux waits for alarms there.
+  rtc_line_ = std::make_unique<device::SplitLine>(hpet_->rtc_input(), pm_->rtc_input());
+  rtc_ = std::make_unique<device::Rtc>(clock, *rtc_line_);
   uint64_t low = 0, high = 0;
   for (const auto& range : memory_.ranges()) (range.gpa < layout::high_ram_base ? low : high) += range.size;
   rtc_->describe_memory(low, high);

@@ -17,6 +17,7 @@
 #include "device/reset.hpp"
 #include "device/rtc.hpp"
 #include "device/serial.hpp"
+#include "device/shared_line.hpp"
 #include "device/table.hpp"
 #include "kvm/kvm.hpp"
 #include "machine/boot/boot.hpp"
@@ -78,6 +79,7 @@ class Machine {
   std::unique_ptr<device::Port92> port92_;
   std::unique_ptr<device::ResetControl> reset_;
   std::unique_ptr<device::Hpet> hpet_;
+  std::unique_ptr<device::SplitLine> rtc_line_;
   std::unique_ptr<device::Rtc> rtc_;
   std::unique_ptr<device::I8042> i8042_;
   device::LatchPorts post_, delay_;

@@ -102,6 +102,7 @@ TEST(AcpiTest, FadtDescribesThePowerManagementChip) {
   EXPECT_EQ(field<uint16_t>(fadt, 109) & 2, 2) << "i8042";
   EXPECT_EQ(field<uint32_t>(fadt, 112) & (1 << 4 | 1 << 20), 0u)
       << "a fixed power button, not hardware-reduced";
+  EXPECT_EQ(field<uint32_t>(fadt, 112) & 1 << 6, 0u) << "the RTC's alarm is a fixed event";
   EXPECT_EQ(field<uint32_t>(fadt, 112) >> 10 & 1, 1u) << "reset register";
   EXPECT_EQ(field<uint64_t>(fadt, 120), layout::reset_port);
   EXPECT_EQ(field<uint8_t>(fadt, 128), layout::reset_value);

@@ -111,7 +111,8 @@ Bytes fadt(const Config& config, uint64_t facs_gpa, uint64_t dsdt_gpa) {
   f.u16(no_c2).u16(no_c3).u16(0).u16(0).u8(0).u8(0);       // no cache flushing by reading, no duty cycle
   f.u8(0).u8(0).u8(config.rtc ? layout::rtc_century : 0);  // the alarm has no day and month
   f.u16(boot_flags).u8(0);
-  f.u32(wbinvd | c1_supported | no_sleep_button | no_rtc_wake | timer_32bit | reset_register);
+  f.u32(wbinvd | c1_supported | no_sleep_button | (config.rtc ? 0 : no_rtc_wake) | timer_32bit |
+        reset_register);
   f.port_address(layout::reset_port, 8, 1).u8(layout::reset_value);
   f.u16(0).u8(3);          // ARM flags; minor revision
   f.u64(0).u64(dsdt_gpa);  // the FACS is below 4 GiB: named once, above
