@@ -62,8 +62,9 @@ void Cpu::state_changed() noexcept {
   const auto is_flat = [](const Segment& s) {
     return s.base == 0 && s.limit == 0xffffffff && s.present() && s.writable() && !s.expand_down();
   };
-  flat = mode_ == Mode::bits64 || (mode_ == Mode::bits32 && protected_mode() && is_flat(segment[seg_ds]) &&
-                                   is_flat(segment[seg_es]) && is_flat(segment[seg_ss]));
+  flat = mode_ == Mode::bits64 ||
+         (mode_ == Mode::bits32 && protected_mode() && cs.limit == 0xffffffff && segment[seg_ss].big() &&
+          is_flat(segment[seg_ds]) && is_flat(segment[seg_es]) && is_flat(segment[seg_ss]));
   alignment_checks = ac && cpl_ == 3 && (cr0 & cr0::am) != 0;
   code_breakpoints = false;
   watchpoints = false;
@@ -109,7 +110,9 @@ bool Cpu::canonical(uint64_t linear) const noexcept {
   return static_cast<uint64_t>(static_cast<int64_t>(linear << shift) >> shift) == linear;
 }
 
-std::mutex& Cpu::platform_split_lock() noexcept { return platform_.split_lock(); }
+std::mutex& Cpu::platform_split_lock() noexcept {
+  return platform_.split_lock();
+}
 
 uint64_t Cpu::effective_address(const Op& op) const noexcept {
   const uint64_t sum = gpr[op.base] + (gpr[op.index] << op.scale) + static_cast<uint64_t>(int64_t{op.disp});

@@ -49,10 +49,10 @@ enum class Exception : uint8_t {
 enum class Step : uint8_t {
   next,    // done; RIP goes to the next instruction of the block
   branch,  // done; Cpu::rip holds the next RIP. Also after any change of mode, segments, paging, privilege or
-           // interruptibility (set rip = next_rip(op)): the block ends here. After a task switch `pending` may
-           // hold a fault or debug trap of the new task, to be delivered at Cpu::rip
-  fault,   // not done: an exception is pending, or the VMM must answer an access first (wants_exit)
-  exit,    // done, Cpu::rip set; then leave to the VMM (the exit is filled in)
+           // interruptibility (set rip = next_rip(op)): the block ends here. After a task switch `pending`
+           // may hold a fault or debug trap of the new task, to be delivered at Cpu::rip
+  fault,  // not done: an exception is pending, or the VMM must answer an access first (wants_exit)
+  exit,   // done, Cpu::rip set; then leave to the VMM (the exit is filled in)
 };
 
 // Width of code: default operand and address size.
@@ -191,10 +191,10 @@ class Cpu : public CpuState {
     struct {
       bool interrupt_shadow;  // after STI or MOV SS: the run loop runs one more instruction, then clears it
       bool halted;            // HLT or MWAIT: the run loop waits for an interrupt
-      bool wants_exit;        // Step::fault means "the VMM must act": the exit is filled in, nothing is pending
-      bool leave_run;         // Step::exit was returned
-      bool run_alone;         // Step::fault means: run the instruction again, alone
-      bool slow;              // one instruction at a time: TF, code breakpoints, guest debugging
+      bool wants_exit;  // Step::fault means "the VMM must act": the exit is filled in, nothing is pending
+      bool leave_run;   // Step::exit was returned
+      bool run_alone;   // Step::fault means: run the instruction again, alone
+      bool slow;        // one instruction at a time: TF, code breakpoints, guest debugging
     };
     uint64_t stops = 0;
   };
@@ -224,7 +224,7 @@ class Cpu : public CpuState {
   std::unique_ptr<std::array<TlbSet, 4>> tlb_sets;
 
   // --- derived by state_changed() ---
-  bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks
+  bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks, CS no limit check
   bool alignment_checks = false;
   bool code_breakpoints = false, watchpoints = false;
 
@@ -253,7 +253,9 @@ class Cpu : public CpuState {
   uint8_t* host_for_write(uint64_t linear, unsigned size) noexcept;
   // RIP after a near branch of this operand size (2 bytes: 16 bits of it).
   uint64_t truncate_branch(uint64_t value, unsigned operand_size) const noexcept {
-    return operand_size == 2 ? static_cast<uint16_t>(value) : mode_ == Mode::bits64 ? value : static_cast<uint32_t>(value);
+    return operand_size == 2       ? static_cast<uint16_t>(value)
+           : mode_ == Mode::bits64 ? value
+                                   : static_cast<uint32_t>(value);
   }
   std::mutex& platform_split_lock() noexcept;  // see integer.hpp, modify_at
   uint64_t truncate_rip(uint64_t value) const noexcept {

@@ -6,9 +6,15 @@
 namespace lodge::kvm::soft {
 namespace {
 
-bool is_register(const ZydisDecodedOperand& o) noexcept { return o.type == ZYDIS_OPERAND_TYPE_REGISTER; }
-bool is_memory(const ZydisDecodedOperand& o) noexcept { return o.type == ZYDIS_OPERAND_TYPE_MEMORY; }
-bool is_immediate(const ZydisDecodedOperand& o) noexcept { return o.type == ZYDIS_OPERAND_TYPE_IMMEDIATE; }
+bool is_register(const ZydisDecodedOperand& o) noexcept {
+  return o.type == ZYDIS_OPERAND_TYPE_REGISTER;
+}
+bool is_memory(const ZydisDecodedOperand& o) noexcept {
+  return o.type == ZYDIS_OPERAND_TYPE_MEMORY;
+}
+bool is_immediate(const ZydisDecodedOperand& o) noexcept {
+  return o.type == ZYDIS_OPERAND_TYPE_IMMEDIATE;
+}
 bool is_general(const ZydisDecodedOperand& o) noexcept {
   if (!is_register(o)) return false;
   const ZydisRegisterClass c = ZydisRegisterGetClass(o.reg.value);
@@ -19,10 +25,21 @@ uint64_t immediate(const ZydisDecodedOperand& o) noexcept {
   return o.imm.is_signed != 0 ? static_cast<uint64_t>(o.imm.value.s) : o.imm.value.u;
 }
 
-bool by_handler(Op& op, Handler handler) noexcept { return op.handler = handler, true; }
-bool by_complex(Op& op, Complex complex) noexcept { return op.complex = complex, complex != nullptr; }
+bool by_handler(Op& op, Handler handler) noexcept {
+  return op.handler = handler, true;
+}
+bool by_complex(Op& op, Complex complex) noexcept {
+  return op.complex = complex, complex != nullptr;
+}
 
-bool wide(const DecodeContext& c, const Op& op) noexcept { return c.cpu.mode() == Mode::bits64 && op.size == 8; }
+bool wide(const DecodeContext& c, const Op& op) noexcept {
+  return c.cpu.mode() == Mode::bits64 && op.size == 8;
+}
+// Branches and stack accesses that the hot handlers take: full-width operands, nothing to check but the
+// pages.
+bool plain(const DecodeContext& c, const Op& op) noexcept {
+  return wide(c, op) || (c.cpu.mode() == Mode::bits32 && c.cpu.flat && op.size == 4);
+}
 
 // Fills dst, src and imm of an instruction whose first two operands are r/m, reg and imm in any combination.
 Form fill_two(const DecodeContext& c, Op& op) noexcept {
@@ -78,8 +95,8 @@ bool decode_double_shift(const DecodeContext& c, Op& op) noexcept {
   return by_complex(op, integer::simple(c.insn.mnemonic));
 }
 
-// Instructions whose r/m operand is the source, and operand 0 a register; a third operand goes to imm (a register's
-// offset or an immediate).
+// Instructions whose r/m operand is the source, and operand 0 a register; a third operand goes to imm (a
+// register's offset or an immediate).
 bool decode_source(const DecodeContext& c, Op& op) noexcept {
   unsigned source = 1;
   op.dst = gpr_offset(c.operands[0].reg.value);
@@ -122,7 +139,7 @@ bool decode_push(const DecodeContext& c, Op& op) noexcept {
   }
   if (is_memory(o)) return by_complex(op, integer::push_memory);
   op.dst = gpr_offset(o.reg.value);
-  return wide(c, op) ? by_handler(op, hot::push64()) : by_complex(op, integer::push_register);
+  return plain(c, op) ? by_handler(op, hot::push(wide(c, op))) : by_complex(op, integer::push_register);
 }
 
 bool decode_pop(const DecodeContext& c, Op& op) noexcept {
@@ -132,19 +149,23 @@ bool decode_pop(const DecodeContext& c, Op& op) noexcept {
     return by_complex(op, integer::pop_memory);
   }
   op.dst = gpr_offset(o.reg.value);
-  return wide(c, op) ? by_handler(op, hot::pop64()) : by_complex(op, integer::pop_register);
+  return plain(c, op) ? by_handler(op, hot::pop(wide(c, op))) : by_complex(op, integer::pop_register);
 }
 
-bool is_far(const DecodeContext& c) noexcept { return c.insn.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR; }
+bool is_far(const DecodeContext& c) noexcept {
+  return c.insn.meta.branch_type == ZYDIS_BRANCH_TYPE_FAR;
+}
 
 // The target of a relative branch, from the block's RIP.
-void fill_target(const DecodeContext& c, Op& op) noexcept { op.imm = immediate(c.operands[0]) + op.offset + op.length; }
+void fill_target(const DecodeContext& c, Op& op) noexcept {
+  op.imm = immediate(c.operands[0]) + op.offset + op.length;
+}
 
 bool decode_jump(const DecodeContext& c, Op& op) noexcept {
   if (is_far(c)) return false;
   if (is_immediate(c.operands[0])) {
     fill_target(c, op);
-    return wide(c, op) ? by_handler(op, hot::jmp(true)) : by_complex(op, integer::jmp_relative);
+    return plain(c, op) ? by_handler(op, hot::jmp(wide(c, op))) : by_complex(op, integer::jmp_relative);
   }
   if (is_register(c.operands[0])) op.dst = gpr_offset(c.operands[0].reg.value);
   return by_complex(op, integer::jmp_indirect);
@@ -154,7 +175,7 @@ bool decode_call(const DecodeContext& c, Op& op) noexcept {
   if (is_far(c)) return false;
   if (is_immediate(c.operands[0])) {
     fill_target(c, op);
-    return wide(c, op) ? by_handler(op, hot::call64()) : by_complex(op, integer::call_relative);
+    return plain(c, op) ? by_handler(op, hot::call(wide(c, op))) : by_complex(op, integer::call_relative);
   }
   if (is_register(c.operands[0])) op.dst = gpr_offset(c.operands[0].reg.value);
   return by_complex(op, integer::call_indirect);
@@ -163,7 +184,7 @@ bool decode_call(const DecodeContext& c, Op& op) noexcept {
 bool decode_ret(const DecodeContext& c, Op& op) noexcept {
   if (is_far(c)) return false;
   op.imm = c.insn.operand_count_visible > 0 ? immediate(c.operands[0]) & 0xffff : 0;
-  return wide(c, op) ? by_handler(op, hot::ret64()) : by_complex(op, integer::ret_near);
+  return plain(c, op) ? by_handler(op, hot::ret(wide(c, op))) : by_complex(op, integer::ret_near);
 }
 
 bool decode_condition(const DecodeContext& c, Op& op) noexcept {
@@ -172,7 +193,8 @@ bool decode_condition(const DecodeContext& c, Op& op) noexcept {
     case ZYDIS_CATEGORY_COND_BR:
       fill_target(c, op);
       op.src = static_cast<uint8_t>(code);
-      return wide(c, op) ? by_handler(op, hot::jcc(code, true)) : by_complex(op, integer::jcc_relative);
+      return plain(c, op) ? by_handler(op, hot::jcc(code, wide(c, op)))
+                          : by_complex(op, integer::jcc_relative);
     case ZYDIS_CATEGORY_SETCC:
       op.size = 1;
       op.imm = code;
@@ -182,7 +204,8 @@ bool decode_condition(const DecodeContext& c, Op& op) noexcept {
     default: {
       const Form form = fill_two(c, op);
       op.imm = code;
-      return form == Form::reg_mem ? by_complex(op, integer::cmov_source) : by_handler(op, hot::cmov(code, op.size));
+      return form == Form::reg_mem ? by_complex(op, integer::cmov_source)
+                                   : by_handler(op, hot::cmov(code, op.size));
     }
   }
 }
@@ -190,14 +213,16 @@ bool decode_condition(const DecodeContext& c, Op& op) noexcept {
 bool decode_string(const DecodeContext& c, Op& op) noexcept {
   const Complex handler = integer::string_op(c.insn.mnemonic);
   // MOVSD and CMPSD name SSE2 instructions too.
-  if (handler == nullptr || (c.insn.meta.category != ZYDIS_CATEGORY_STRINGOP && c.insn.meta.category != ZYDIS_CATEGORY_IOSTRINGOP))
+  if (handler == nullptr ||
+      (c.insn.meta.category != ZYDIS_CATEGORY_STRINGOP && c.insn.meta.category != ZYDIS_CATEGORY_IOSTRINGOP))
     return false;
   op.segment = seg_ds;
   for (unsigned i = 0; i < c.insn.operand_count; ++i) {
     const ZydisDecodedOperand& o = c.operands[i];
     if (!is_memory(o)) continue;
     op.size = static_cast<uint8_t>(o.size / 8);
-    if (ZydisRegisterGetId(o.mem.base) == rsi) op.segment = static_cast<uint8_t>(ZydisRegisterGetId(o.mem.segment));
+    if (ZydisRegisterGetId(o.mem.base) == rsi)
+      op.segment = static_cast<uint8_t>(ZydisRegisterGetId(o.mem.segment));
   }
   op.flags &= static_cast<uint8_t>(~Op::has_memory);
   return by_complex(op, handler);
@@ -231,7 +256,8 @@ bool decode_xchg(const DecodeContext& c, Op& op) noexcept {
 }
 
 bool is_condition(const ZydisDecodedInstruction& insn) noexcept {
-  if (insn.meta.category == ZYDIS_CATEGORY_COND_BR) return insn.opcode_map == ZYDIS_OPCODE_MAP_0F || insn.opcode < 0x80;
+  if (insn.meta.category == ZYDIS_CATEGORY_COND_BR)
+    return insn.opcode_map == ZYDIS_OPCODE_MAP_0F || insn.opcode < 0x80;
   if (insn.meta.category == ZYDIS_CATEGORY_SETCC) return true;
   return insn.meta.category == ZYDIS_CATEGORY_CMOV;
 }
@@ -288,7 +314,9 @@ bool decode_integer(const DecodeContext& c, Op& op) noexcept {
     case ZYDIS_MNEMONIC_NOP: return by_handler(op, hot::nop());
     case ZYDIS_MNEMONIC_IN: return decode_port(c, op, 1);
     case ZYDIS_MNEMONIC_OUT: return decode_port(c, op, 0);
-    case ZYDIS_MNEMONIC_CRC32: op.size = static_cast<uint8_t>(c.operands[1].size / 8); return decode_source(c, op);
+    case ZYDIS_MNEMONIC_CRC32:
+      op.size = static_cast<uint8_t>(c.operands[1].size / 8);
+      return decode_source(c, op);
     case ZYDIS_MNEMONIC_MUL:
     case ZYDIS_MNEMONIC_DIV:
     case ZYDIS_MNEMONIC_IDIV:
@@ -310,11 +338,14 @@ bool decode_integer(const DecodeContext& c, Op& op) noexcept {
       op.size = static_cast<uint8_t>(c.operands[0].size / 8);
       return by_complex(op, integer::simple(c.insn.mnemonic));
     case ZYDIS_MNEMONIC_AAM:
-    case ZYDIS_MNEMONIC_AAD: op.imm = immediate(c.operands[0]); return by_complex(op, integer::simple(c.insn.mnemonic));
+    case ZYDIS_MNEMONIC_AAD:
+      op.imm = immediate(c.operands[0]);
+      return by_complex(op, integer::simple(c.insn.mnemonic));
     case ZYDIS_MNEMONIC_XLAT:
       op.segment = seg_ds;
       for (unsigned i = 0; i < c.insn.operand_count; ++i)
-        if (is_memory(c.operands[i])) op.segment = static_cast<uint8_t>(ZydisRegisterGetId(c.operands[i].mem.segment));
+        if (is_memory(c.operands[i]))
+          op.segment = static_cast<uint8_t>(ZydisRegisterGetId(c.operands[i].mem.segment));
       return by_complex(op, integer::simple(c.insn.mnemonic));
     case ZYDIS_MNEMONIC_ADCX:
     case ZYDIS_MNEMONIC_ADOX:

@@ -1,5 +1,5 @@
-// The instructions that make up nearly all of a guest's run time, as threaded handlers specialised by operation, size,
-// form and addressing.
+// The instructions that make up nearly all of a guest's run time, as threaded handlers specialised by
+// operation, size, form and addressing.
 #include "kvm/soft/interpret/hot.hpp"
 
 #include "kvm/soft/interpret/alu.hpp"
@@ -82,7 +82,8 @@ void extend_op(Cpu& cpu, const Op* op) noexcept {
 
 template <class T>
 void lea_op(Cpu& cpu, const Op* op) noexcept {
-  const uint64_t sum = cpu.gpr[op->base] + (cpu.gpr[op->index] << op->scale) + static_cast<uint64_t>(op->disp);
+  const uint64_t sum =
+      cpu.gpr[op->base] + (cpu.gpr[op->index] << op->scale) + static_cast<uint64_t>(op->disp);
   put<T>(cpu, op->dst, static_cast<T>(op->address_size == 8 ? sum : cpu.effective_address(*op)));
   LODGE_NEXT;
 }
@@ -117,41 +118,40 @@ void jmp_op(Cpu& cpu, const Op* op) noexcept {
   cpu.rip = Wide ? rip : cpu.truncate_branch(rip, op->size);
 }
 
-void call64_op(Cpu& cpu, const Op* op) noexcept {
-  const uint64_t lin = cpu.gpr[rsp] - 8;
-  const uint64_t back = cpu.gpr[gpr_rip] + op->offset + op->length;
-  LODGE_STACK_STORE(uint64_t, back, lin);
+// Near calls and stack accesses: 64-bit code, or 32-bit code with flat segments (Word is 4 bytes then, and
+// addresses wrap at 4 GiB).
+template <class Word>
+void call_op(Cpu& cpu, const Op* op) noexcept {
+  const uint64_t lin = static_cast<Word>(cpu.gpr[rsp] - sizeof(Word));
+  const auto back = static_cast<Word>(cpu.gpr[gpr_rip] + op->offset + op->length);
+  LODGE_STACK_STORE(Word, back, lin);
   cpu.gpr[rsp] = lin;
-  cpu.rip = cpu.gpr[gpr_rip] + op->imm;
+  cpu.rip = static_cast<Word>(cpu.gpr[gpr_rip] + op->imm);
 }
 
-void ret64_op(Cpu& cpu, const Op* op) noexcept {
-  const uint64_t lin = cpu.gpr[rsp];
-  LODGE_STACK_LOAD(uint64_t, target, lin);
-  // Neither half of the canonical space by the common width: look closer.
-  constexpr uint64_t lower_half = uint64_t{1} << 47;
-  if (__builtin_expect((target + lower_half) >> 48 != 0, 0) && !cpu.canonical(target)) {
-    cpu.raise(Exception::gp, 0);
-    leave(cpu, op);
-    return;
-  }
-  cpu.gpr[rsp] = lin + 8 + op->imm;
+template <class Word>
+void ret_op(Cpu& cpu, const Op* op) noexcept {
+  const uint64_t lin = static_cast<Word>(cpu.gpr[rsp]);
+  LODGE_STACK_LOAD(Word, target, lin);
+  cpu.gpr[rsp] = static_cast<Word>(lin + sizeof(Word) + op->imm);
   cpu.rip = target;
 }
 
-void push64_op(Cpu& cpu, const Op* op) noexcept {
-  const uint64_t lin = cpu.gpr[rsp] - 8;
-  const uint64_t value = cpu.reg<uint64_t>(op->dst);
-  LODGE_STACK_STORE(uint64_t, value, lin);
+template <class Word>
+void push_op(Cpu& cpu, const Op* op) noexcept {
+  const uint64_t lin = static_cast<Word>(cpu.gpr[rsp] - sizeof(Word));
+  const Word value = cpu.reg<Word>(op->dst);
+  LODGE_STACK_STORE(Word, value, lin);
   cpu.gpr[rsp] = lin;
   LODGE_NEXT;
 }
 
-void pop64_op(Cpu& cpu, const Op* op) noexcept {
-  const uint64_t lin = cpu.gpr[rsp];
-  LODGE_STACK_LOAD(uint64_t, value, lin);
-  cpu.gpr[rsp] = lin + 8;
-  cpu.reg<uint64_t>(op->dst) = value;
+template <class Word>
+void pop_op(Cpu& cpu, const Op* op) noexcept {
+  const uint64_t lin = static_cast<Word>(cpu.gpr[rsp]);
+  LODGE_STACK_LOAD(Word, value, lin);
+  cpu.gpr[rsp] = static_cast<Word>(lin + sizeof(Word));
+  put<Word>(cpu, op->dst, value);
   LODGE_NEXT;
 }
 
@@ -178,9 +178,12 @@ void imul_op(Cpu& cpu, const Op* op) noexcept {
   LODGE_NEXT;
 }
 
-void nop_op(Cpu& cpu, const Op* op) noexcept { LODGE_NEXT; }
+void nop_op(Cpu& cpu, const Op* op) noexcept {
+  LODGE_NEXT;
+}
 
-// --- choosing -------------------------------------------------------------------------------------------------------
+// --- choosing
+// -------------------------------------------------------------------------------------------------------
 
 template <class Choose>
 Handler choose_size(unsigned size, Choose choose) noexcept {
@@ -240,7 +243,8 @@ Handler choose_extend(bool memory, Ea ea) noexcept {
 
 template <Shift S>
 Handler choose_shift(unsigned size, bool by_cl) noexcept {
-  return choose_size(size, [&]<class T>() -> Handler { return by_cl ? shift_op<S, T, true> : shift_op<S, T, false>; });
+  return choose_size(
+      size, [&]<class T>() -> Handler { return by_cl ? shift_op<S, T, true> : shift_op<S, T, false>; });
 }
 
 template <unsigned... C>
@@ -326,9 +330,15 @@ Handler shift(Shift s, unsigned size, bool by_cl) noexcept {
   }
 }
 
-Handler jcc(unsigned code, bool wide) noexcept { return choose_jcc(code, wide, Codes{}); }
-Handler jmp(bool wide) noexcept { return wide ? jmp_op<true> : jmp_op<false>; }
-Handler setcc(unsigned code) noexcept { return choose_setcc(code, Codes{}); }
+Handler jcc(unsigned code, bool wide) noexcept {
+  return choose_jcc(code, wide, Codes{});
+}
+Handler jmp(bool wide) noexcept {
+  return wide ? jmp_op<true> : jmp_op<false>;
+}
+Handler setcc(unsigned code) noexcept {
+  return choose_setcc(code, Codes{});
+}
 Handler cmov(unsigned code, unsigned size) noexcept {
   return size == 2   ? choose_cmov<uint16_t>(code, Codes{})
          : size == 4 ? choose_cmov<uint32_t>(code, Codes{})
@@ -340,11 +350,21 @@ Handler imul(unsigned size, bool three) noexcept {
   return three ? imul_op<uint64_t, true> : imul_op<uint64_t, false>;
 }
 
-Handler call64() noexcept { return call64_op; }
-Handler ret64() noexcept { return ret64_op; }
-Handler push64() noexcept { return push64_op; }
-Handler pop64() noexcept { return pop64_op; }
-Handler nop() noexcept { return nop_op; }
+Handler call(bool wide) noexcept {
+  return wide ? call_op<uint64_t> : call_op<uint32_t>;
+}
+Handler ret(bool wide) noexcept {
+  return wide ? ret_op<uint64_t> : ret_op<uint32_t>;
+}
+Handler push(bool wide) noexcept {
+  return wide ? push_op<uint64_t> : push_op<uint32_t>;
+}
+Handler pop(bool wide) noexcept {
+  return wide ? pop_op<uint64_t> : pop_op<uint32_t>;
+}
+Handler nop() noexcept {
+  return nop_op;
+}
 
 }  // namespace hot
 }  // namespace lodge::kvm::soft

@@ -12,21 +12,22 @@ enum class Form : uint8_t { reg_reg, reg_imm, reg_mem, mem_reg, mem_imm };
 namespace hot {
 Handler alu(Alu a, unsigned size, Form form, Ea ea) noexcept;
 Handler mov(unsigned size, Form form, Ea ea) noexcept;
-Handler extend(unsigned to, unsigned from, bool is_signed, bool memory, Ea ea) noexcept;  // MOVZX, MOVSX, MOVSXD
+Handler extend(unsigned to, unsigned from, bool is_signed, bool memory,
+               Ea ea) noexcept;  // MOVZX, MOVSX, MOVSXD
 Handler lea(unsigned size) noexcept;
-Handler unary(Unary u, unsigned size) noexcept;                 // register operand
-Handler shift(Shift s, unsigned size, bool by_cl) noexcept;     // register operand
+Handler unary(Unary u, unsigned size) noexcept;              // register operand
+Handler shift(Shift s, unsigned size, bool by_cl) noexcept;  // register operand
 // Branches: Op::imm is the target relative to the block's RIP; `wide`: 64-bit code with 64-bit operand size.
 Handler jcc(unsigned code, bool wide) noexcept;
 Handler jmp(bool wide) noexcept;
 Handler setcc(unsigned code) noexcept;                // register operand
 Handler cmov(unsigned code, unsigned size) noexcept;  // register operands
 Handler imul(unsigned size, bool three) noexcept;     // dst * src, or dst = src * imm
-// 64-bit mode, 64-bit operands.
-Handler call64() noexcept;
-Handler ret64() noexcept;  // imm: bytes to release
-Handler push64() noexcept;
-Handler pop64() noexcept;
+// `wide`: 64-bit code and operands; else flat 32-bit code and 32-bit operands.
+Handler call(bool wide) noexcept;
+Handler ret(bool wide) noexcept;  // imm: bytes to release
+Handler push(bool wide) noexcept;
+Handler pop(bool wide) noexcept;
 Handler nop() noexcept;
 }  // namespace hot
 }  // namespace lodge::kvm::soft
