@@ -3,12 +3,13 @@
 namespace lodge::kvm::soft {
 
 Block* BlockCache::insert(std::unique_ptr<Block> block, bool& dropped) {
-  dropped = ops_ + block->ops.size() > max_ops;
+  const size_t cost = block->ops.size() + block_overhead;
+  dropped = ops_ + cost > max_ops;
   if (dropped) clear();
-  ops_ += block->ops.size();
+  ops_ += cost;
   std::unique_ptr<Block>& place = blocks_[block->host << 8 ^ block->key];
   if (place) {
-    ops_ -= place->ops.size();
+    ops_ -= place->ops.size() + block_overhead;
     dropped = true;
   }
   place = std::move(block);

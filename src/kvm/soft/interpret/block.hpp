@@ -41,7 +41,8 @@ struct Block {
 // Decoded blocks of one vCPU, by place and mode. Only its thread touches it.
 class BlockCache {
  public:
-  // The budget for decoded instructions; reaching it empties the cache. 64 MiB of ops.
+  // The budget; reaching it empties the cache. What a block costs besides its ops is counted as ops.
+  static constexpr size_t block_overhead = (sizeof(Block) + 64) / sizeof(Op);
   static constexpr size_t max_ops = (size_t{64} << 20) / sizeof(Op);
 
   Block* find(uint64_t host, uint32_t key) noexcept {
