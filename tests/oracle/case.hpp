@@ -13,6 +13,8 @@ namespace lodge::oracle {
 inline constexpr uint64_t page = 4096;
 inline constexpr uint64_t window_base = 0x5000'0000, window_writable = 2 * page, window_size = 3 * page;
 inline constexpr uint64_t code_base = 0x5100'0000, code_rip = code_base + 0x800;
+// Linux's user segments.
+inline constexpr uint16_t selector_code64 = 0x33, selector_code32 = 0x23, selector_data = 0x2b;
 inline constexpr unsigned xsave_size = 2752;  // the x87, SSE, AVX and AVX-512 components of known hosts
 
 struct State {
@@ -31,7 +33,8 @@ struct Outcome {
 struct Case {
   std::array<uint8_t, 16> code{};
   uint8_t length = 0;
-  bool whole = false;  // stop behind the instruction (INT3) instead of single-stepping it: repeated strings
+  bool bits32 = false;  // in compatibility mode: the upper halves of registers, and R8-R15, count for nothing
+  bool whole = false;   // stop behind the instruction (INT3) instead of single-stepping it: repeated strings
   State state;
 };
 

@@ -68,9 +68,11 @@ uint64_t undefined_flags(const Case& c, const Instruction& instruction) {
   }
 }
 
-// SHLD and SHRD of 16-bit operands by more than 16 have an undefined result.
-bool undefined_result(const Case& c, const Instruction& instruction) {
+// SHLD and SHRD of 16-bit operands by more than 16 have an undefined result. A POPA that faults halfway may
+// have changed registers: it starts anew.
+bool undefined_result(const Case& c, const Instruction& instruction, bool faulted) {
   const ZydisMnemonic mnemonic = instruction.insn.mnemonic;
+  if (faulted && (mnemonic == ZYDIS_MNEMONIC_POPA || mnemonic == ZYDIS_MNEMONIC_POPAD)) return true;
   return (mnemonic == ZYDIS_MNEMONIC_SHLD || mnemonic == ZYDIS_MNEMONIC_SHRD) &&
          shift_count(c, instruction) > instruction.operands[0].size;
 }
@@ -180,7 +182,8 @@ Freedom freedom_of(const Case& c, const Instruction& instruction, const Outcome&
   return freedom;
 }
 
-void compare_vectors(std::string& out, const Outcome& native, const Outcome& interpreted, Freedom freedom) {
+void compare_vectors(std::string& out, const Outcome& native, const Outcome& interpreted, Freedom freedom,
+                     bool bits32) {
   Areas x = {native.state.xsave, interpreted.state.xsave};
   normalise(x.a);
   normalise(x.b);
@@ -196,8 +199,9 @@ void compare_vectors(std::string& out, const Outcome& native, const Outcome& int
   field("fsw", 2, 2);
   field("ftw", 4, 1);
   field("fop", 6, 2);
-  field("fip", 8, 8);
-  field("fdp", 16, 8);
+  // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show.
+  field("fip", 8, bits32 ? 4 : 8);
+  field("fdp", 16, bits32 ? 4 : 8);
   field("mxcsr", 24, 4);
   for (unsigned i = 0; i < 8; ++i) compare_bytes(out, "st", i, &x.a[32 + 16 * i], &x.b[32 + 16 * i], 10);
   for (unsigned i = 0; i < 16; ++i) compare_bytes(out, "xmm", i, &x.a[160 + 16 * i], &x.b[160 + 16 * i], 16);
@@ -239,9 +243,10 @@ std::string differences(const Case& c, const Instruction& instruction, const Out
   if (((native.state.rflags ^ interpreted.state.rflags) & ~mask) != 0)
     out += format("  rflags: native %lx, interpreted %lx (undefined %lx)\n", native.state.rflags & ~tf,
                   interpreted.state.rflags & ~tf, mask & ~tf);
-  if (!undefined_result(c, instruction)) {
-    for (unsigned i = 0; i < 16; ++i)
-      if (native.state.gpr[i] != interpreted.state.gpr[i])
+  if (!undefined_result(c, instruction, faulted)) {
+    const uint64_t gpr_mask = c.bits32 ? 0xffff'ffff : ~uint64_t{0};
+    for (unsigned i = 0; i < (c.bits32 ? 8 : 16); ++i)
+      if (((native.state.gpr[i] ^ interpreted.state.gpr[i]) & gpr_mask) != 0)
         out += format("  %s: native %lx, interpreted %lx\n", gpr_names[i], native.state.gpr[i],
                       interpreted.state.gpr[i]);
     unsigned shown = 0;
@@ -252,7 +257,7 @@ std::string differences(const Case& c, const Instruction& instruction, const Out
         ++shown;
       }
   }
-  compare_vectors(out, native, interpreted, freedom_of(c, instruction, native));
+  compare_vectors(out, native, interpreted, freedom_of(c, instruction, native), c.bits32);
   return out;
 }
 

@@ -141,9 +141,10 @@ uint64_t inverse(uint64_t odd) {
 
 }  // namespace
 
-Generator::Generator(uint64_t seed, Domain domain)
-    : engine_(seed), domain_(domain), features_(kvm::soft::host_cpuid()) {
-  ZydisDecoderInit(&decoder_, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+Generator::Generator(uint64_t seed, Domain domain, bool bits32)
+    : engine_(seed), domain_(domain), bits32_(bits32), features_(kvm::soft::host_cpuid()) {
+  ZydisDecoderInit(&decoder_, bits32 ? ZYDIS_MACHINE_MODE_LONG_COMPAT_32 : ZYDIS_MACHINE_MODE_LONG_64,
+                   bits32 ? ZYDIS_STACK_WIDTH_32 : ZYDIS_STACK_WIDTH_64);
   ZydisDecoderEnableMode(&decoder_, ZYDIS_DECODER_MODE_AMD_BRANCHES, features_.amd_like);
   ZydisDecoderEnableMode(&decoder_, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
   ZydisDecoderEnableMode(&decoder_, ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
@@ -181,11 +182,13 @@ void Generator::invent_bytes(Case& c) {
     case Domain::x87: kind = 7; break;
   }
   if (chance(4)) put_byte(0x67);
+  // Outside 64-bit mode the prefixes C4, C5 and 62 are LES, LDS and BOUND unless these bits are set.
+  const uint64_t registers = bits32_ ? 0xc0 : 0;
   if (kind <= 1) {
     if (chance(15)) put_byte(0x66);
     if (chance(8)) put_byte(chance(50) ? 0xf3 : 0xf2);
     if (chance(8)) put_byte(0xf0);
-    if (chance(50)) put_byte(0x40 + below(16));
+    if (!bits32_ && chance(50)) put_byte(0x40 + below(16));
     if (kind == 1 && chance(70)) put_byte(0x0f);
     return;
   }
@@ -193,17 +196,17 @@ void Generator::invent_bytes(Case& c) {
     case 2:
     case 3:  // legacy SSE and other two- and three-byte opcodes
       simd_prefix();
-      if (chance(40)) put_byte(0x40 + below(16));
+      if (!bits32_ && chance(40)) put_byte(0x40 + below(16));
       put_byte(0x0f);
       if (const uint64_t map = below(4); map < 2) put_byte(map == 0 ? 0x38 : 0x3a);
       return;
     case 4: {  // VEX
       if (chance(30)) {
         put_byte(0xc5);
-        put_byte(chance(50) ? random() | 0x78 : random());
+        put_byte((chance(50) ? random() | 0x78 : random()) | registers);
       } else {
         put_byte(0xc4);
-        put_byte((random() & 0xe0) | (1 + below(3)));
+        put_byte((random() & 0xe0) | (1 + below(3)) | registers);
         put_byte(chance(50) ? random() | 0x78 : random());
       }
       return;
@@ -211,7 +214,7 @@ void Generator::invent_bytes(Case& c) {
     case 5:
     case 6: {  // EVEX
       put_byte(0x62);
-      put_byte((random() & 0xf0) | (1 + below(3)));
+      put_byte((random() & 0xf0) | (1 + below(3)) | registers);
       const bool two_operands = chance(50);
       put_byte((random() & (two_operands ? 0x83 : 0xfb)) | (two_operands ? 0x7c : 4));
       put_byte(two_operands ? random() | 8 : random());
@@ -239,7 +242,12 @@ bool Generator::acceptable(const Instruction& instruction) const {
         ZydisRegisterGetClass(operand.reg.value) == ZYDIS_REGCLASS_SEGMENT)
       return false;
     // The child's FS is its C library's.
-    if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY && operand.mem.segment == ZYDIS_REGISTER_FS) return false;
+    if (operand.type != ZYDIS_OPERAND_TYPE_MEMORY) continue;
+    if (operand.mem.segment == ZYDIS_REGISTER_FS) return false;
+    // GS holds a null selector, and 16-bit addresses do not reach the window.
+    if (bits32_ && operand.mem.type != ZYDIS_MEMOP_TYPE_AGEN &&
+        (operand.mem.segment == ZYDIS_REGISTER_GS || insn.address_width == 16))
+      return false;
     if (operand.type == ZYDIS_OPERAND_TYPE_MEMORY && operand.mem.type == ZYDIS_MEMOP_TYPE_MIB) return false;
   }
   return true;
@@ -346,7 +354,7 @@ bool Generator::aim(Case& c, const Instruction& instruction, const ZydisDecodedO
                              : chance(70) ? std::bit_floor(std::max(1u, size))
                                           : 1;
   uint64_t goal = target(size, alignment);
-  const bool narrow = insn.address_width == 32;
+  const bool narrow = insn.address_width == 32 && !bits32_;
   const bool vsib = memory.type == ZYDIS_MEMOP_TYPE_VSIB;
   const auto disp = static_cast<uint64_t>(insn.raw.disp.size == 0 ? 0 : memory.disp.value);
   // Zydis 4.0 takes SIB.base = 101 with ModRM.mod = 00 for R13D when REX.B is set.
@@ -369,7 +377,8 @@ bool Generator::aim(Case& c, const Instruction& instruction, const ZydisDecodedO
   }
   auto& gpr = c.state.gpr;
   if (!has_index) {
-    if (!vsib && chance(1)) goal = random() | 0x8000'0000'0000'0000 | window_base;  // not canonical
+    if (!vsib && !bits32_ && chance(1))
+      goal = random() | 0x8000'0000'0000'0000 | window_base;  // not canonical
     gpr[number(memory.base)] = junk(goal - disp);
     return true;
   }
@@ -461,11 +470,14 @@ void Generator::next(Case& c, Instruction& instruction) {
     random_vectors(c.state);
     place_implicit(c, instruction);
     if (!place_operand(c, instruction)) continue;
+    if (bits32_)
+      for (auto& reg : c.state.gpr) reg &= 0xffff'ffff;
     ++count;
     ++total_;
     break;
   }
   c.length = instruction.insn.length;
+  c.bits32 = bits32_;
   // Repeated strings trap at each repetition, gathers and scatters after some elements.
   c.whole = instruction.insn.meta.category == ZYDIS_CATEGORY_GATHER ||
             instruction.insn.meta.category == ZYDIS_CATEGORY_AVX2GATHER ||

@@ -23,7 +23,7 @@ struct Instruction {
 
 class Generator {
  public:
-  Generator(uint64_t seed, Domain domain);
+  Generator(uint64_t seed, Domain domain, bool bits32);
 
   // The next case and its decoded form.
   void next(Case& c, Instruction& instruction);
@@ -49,6 +49,7 @@ class Generator {
 
   std::mt19937_64 engine_;
   Domain domain_;
+  bool bits32_;
   ZydisDecoder decoder_;
   kvm::soft::Features features_;
   std::unordered_map<uint32_t, uint32_t> counts_;  // by mnemonic

@@ -124,6 +124,10 @@ void Interpreted::run(const Case& c, std::span<const uint8_t> memory, Outcome& o
   std::memcpy(machine_->ram + code_page + (code_rip - code_base), c.code.data(), c.code.size());
   std::copy(c.state.gpr.begin(), c.state.gpr.end(), cpu.gpr.begin());
   cpu.rip = c.state.rip;
+  constexpr uint16_t code64 = 0xa0fb, code32 = 0xc0fb;
+  cpu.segment[seg_cs].attributes = c.bits32 ? code32 : code64;
+  cpu.segment[seg_cs].selector = c.bits32 ? selector_code32 : selector_code64;
+  cpu.state_changed();
   constexpr uint64_t trap_flag = 0x100;
   cpu.set_rflags(c.whole ? c.state.rflags : c.state.rflags | trap_flag);
   auto area = c.state.xsave;

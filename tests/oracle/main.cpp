@@ -1,5 +1,5 @@
 // The silicon oracle: random instructions on the processor and in the interpreter, equal state demanded.
-//   lodge-oracle [--seed N] [--count N] [--domain all|integer|vector|x87] [--show N]
+//   lodge-oracle [--seed N] [--count N] [--domain all|integer|vector|x87] [--show N] [--mode 64|32]
 // Exit status 0: all agree; 1: some differ (the first few are shown); 2: bad usage.
 #include <chrono>
 #include <cstdio>
@@ -20,6 +20,7 @@ namespace {
 struct Options {
   uint64_t seed = 1, count = 200'000, show = 10;
   Domain domain = Domain::all;
+  bool bits32 = false;
 };
 
 bool parse(int argc, char** argv, Options& options) {
@@ -31,6 +32,8 @@ bool parse(int argc, char** argv, Options& options) {
       options.count = std::strtoull(value.c_str(), nullptr, 0);
     } else if (name == "--show") {
       options.show = std::strtoull(value.c_str(), nullptr, 0);
+    } else if (name == "--mode" && (value == "64" || value == "32")) {
+      options.bits32 = value == "32";
     } else if (name == "--domain") {
       const std::map<std::string, Domain> domains = {{"all", Domain::all},
                                                      {"integer", Domain::integer},
@@ -52,7 +55,7 @@ int run(const Options& options) {
   const auto start = std::chrono::steady_clock::now();
   Native native;
   Interpreted interpreted;
-  Generator generator(options.seed, options.domain);
+  Generator generator(options.seed, options.domain, options.bits32);
   std::vector<Case> cases(Native::batch);
   std::vector<Instruction> instructions(Native::batch);
   std::vector<Outcome> outcomes(Native::batch);
@@ -102,7 +105,8 @@ int main(int argc, char** argv) {
   lodge::oracle::Options options;
   if (!lodge::oracle::parse(argc, argv, options)) {
     std::fprintf(stderr,
-                 "usage: lodge-oracle [--seed N] [--count N] [--domain all|integer|vector|x87] [--show N]\n");
+                 "usage: lodge-oracle [--seed N] [--count N] [--domain all|integer|vector|x87] [--show N] "
+                 "[--mode 64|32]\n");
     return 2;
   }
   try {

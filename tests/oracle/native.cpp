@@ -80,6 +80,9 @@ void prepare(ucontext_t& context, const Case& c) {
   auto& g = context.uc_mcontext.gregs;
   for (unsigned i = 0; i < 16; ++i) g[gpr_of_frame[i]] = static_cast<greg_t>(c.state.gpr[i]);
   g[REG_RIP] = static_cast<greg_t>(c.state.rip);
+  constexpr uint64_t selector_mask = 0xffff;
+  g[REG_CSGSFS] = static_cast<greg_t>((static_cast<uint64_t>(g[REG_CSGSFS]) & ~selector_mask) |
+                                      (c.bits32 ? selector_code32 : selector_code64));
   g[REG_EFL] = static_cast<greg_t>(c.whole ? c.state.rflags : c.state.rflags | trap_flag);
   auto* frame = reinterpret_cast<uint8_t*>(context.uc_mcontext.fpregs);
   uint64_t features = 0;
@@ -159,6 +162,8 @@ void map_at(uint64_t address, size_t size, int protection, int fd, off_t offset)
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaltstack(&stack, nullptr);
   for (const int signal : {SIGTRAP, SIGSEGV, SIGBUS, SIGFPE, SIGILL}) sigaction(signal, &action, nullptr);
+  // Compatibility mode looks at them; 64-bit processes start with null selectors.
+  asm volatile("mov %0, %%ds; mov %0, %%es" ::"r"(uint32_t{selector_data}));
   confine();
   asm volatile("int3");
   _exit(5);

@@ -147,14 +147,15 @@ Step arpl(Cpu& cpu, const Op& op) noexcept {
   uint16_t selector = 0;
   const bool memory = (op.flags & Op::has_memory) != 0;
   if (memory) {
-    if (!cpu.linear(op, 2, true, address) || !cpu.read(address, selector)) return Step::fault;
+    // Writable only where it writes.
+    if (!cpu.linear(op, 2, false, address) || !cpu.read(address, selector)) return Step::fault;
   } else {
     selector = cpu.reg<uint16_t>(op.dst);
   }
   const bool raised = (selector & 3u) < wanted;
   const auto result = static_cast<uint16_t>(raised ? (selector & ~3u) | wanted : selector);
   if (memory) {
-    if (raised && !cpu.write(address, result)) return Step::fault;
+    if (raised && (!cpu.linear(op, 2, true, address) || !cpu.write(address, result))) return Step::fault;
   } else if (raised) {
     cpu.reg<uint16_t>(op.dst) = result;
   }

@@ -407,7 +407,13 @@ bool decode_stub(const DecodeContext& c, Op& op) {
 bool decode_vector(const DecodeContext& context, Op& op) noexcept {
   const ZydisDecodedInstruction& insn = context.insn;
   if (!host().runs[insn.meta.isa_set] || !mine(insn)) return false;
-  if ((insn.attributes & ZYDIS_ATTRIB_HAS_LOCK) != 0 || !allowed_by_cpuid(context.cpu.features, insn)) {
+  // VPINSRQ and VPEXTRQ do not become their 32-bit relatives outside 64-bit mode, as VMOVQ does.
+  const bool no_quadword =
+      context.cpu.mode() != Mode::bits64 && insn.encoding == ZYDIS_INSTRUCTION_ENCODING_VEX &&
+      insn.raw.vex.W != 0 &&
+      (insn.mnemonic == ZYDIS_MNEMONIC_VPINSRD || insn.mnemonic == ZYDIS_MNEMONIC_VPEXTRD);
+  if (no_quadword || (insn.attributes & ZYDIS_ATTRIB_HAS_LOCK) != 0 ||
+      !allowed_by_cpuid(context.cpu.features, insn)) {
     op.complex = undefined_opcode;
     return true;
   }

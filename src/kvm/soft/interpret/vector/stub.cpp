@@ -150,6 +150,8 @@ bool same_operand(const ZydisDecodedOperand& a, const ZydisDecodedOperand& b) {
     const unsigned wanted = a.encoding == ZYDIS_OPERAND_ENCODING_MODRM_REG ? 0 : 1;
     return ZydisRegisterGetClass(b.reg.value) == klass && number(b.reg.value) == wanted;
   }
+  // Hidden ones by number: in 64-bit mode W makes PCMPESTRI's EAX and EDX RAX and RDX, elsewhere it does not.
+  if (is_gpr(a.reg.value)) return is_gpr(b.reg.value) && number(a.reg.value) == number(b.reg.value);
   return a.reg.value == b.reg.value;
 }
 
@@ -183,7 +185,9 @@ std::optional<Native> rewrite(const DecodeContext& context) {
   Native native;
   Fields fields;
   if (!gather_fields(context, fields, native)) return std::nullopt;
-  fields.wide = wide_bit(context.insn);
+  const bool mode64 = context.insn.machine_mode == ZYDIS_MACHINE_MODE_LONG_64;
+  const bool explicit_string = context.insn.meta.category == ZYDIS_CATEGORY_STTNI;
+  fields.wide = wide_bit(context.insn) && (mode64 || !explicit_string);
   // Outside 64-bit mode W is ignored where it would widen a general register: a second try without it.
   for (const bool wide : {fields.wide, false}) {
     fields.wide = wide;
