@@ -23,8 +23,10 @@ CONTRACT_TEST(Time, TheTscIsWhereTheVmmSetsIt) {
   auto guest = test.guest();
   guest->load(two_stamps);
   guest->enter(Mode::long64);
-  const uint64_t value = 0x100000000000;
-  const kvm_msr_entry tsc{.index = 0x10, .data = value};
+  kvm_msr_entry tsc{.index = 0x10};
+  ASSERT_EQ(guest->vcpu().msrs({&tsc, 1}), 1u);
+  const uint64_t value = tsc.data + (1ull << 50);  // days ahead of the host, whatever its uptime
+  tsc.data = value;
   ASSERT_EQ(guest->vcpu().set_msrs({&tsc, 1}), 1u);
   guest->finish();
   if (guest->vcpu().regs().rbx < value)
