@@ -332,6 +332,12 @@ TEST(ElfTest, RefusesForeignAndDamagedFiles) {
   EXPECT_THAT(message(sample(5000)), testing::HasSubstr("not a kernel Lodge knows"));
 }
 
+TEST(ElfTest, RefusesProgramsOfAnOperatingSystem) {
+  GuestMemory memory(64 * MiB);
+  EXPECT_EQ(usage_message([&] { load({.kernel = "/proc/self/exe"}, memory); }),
+            "--kernel /proc/self/exe: this is a program for an operating system, give a kernel");
+}
+
 TEST(PvhTest, PassesStartInformation) {
   GuestMemory memory(64 * MiB);
   const TemporaryFile initrd(sample(1000));

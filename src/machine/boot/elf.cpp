@@ -62,6 +62,7 @@ ElfImage parse(Bytes file, const std::string& name, bool is64) {
     if (!program) usage_error("{}: the ELF program headers are truncated", name);
     const auto data = slice(file, program->p_offset, program->p_filesz);
     if (program->p_type == PT_NOTE && data && !image.pvh_entry) image.pvh_entry = find_pvh_note(*data);
+    if (program->p_type == PT_INTERP || program->p_type == PT_TLS) image.is_program = true;
     if (program->p_type != PT_LOAD || program->p_memsz == 0) continue;
     if (!data) usage_error("{}: the file is truncated (ELF segment {} is not all there)", name, index);
     if (program->p_memsz < program->p_filesz || program->p_paddr >= physical_limit ||

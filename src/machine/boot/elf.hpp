@@ -20,6 +20,7 @@ struct ElfImage {
   uint64_t entry;                     // as the header says: physical or virtual
   std::vector<ElfSegment> segments;   // PT_LOAD with a size, in file order; never empty
   std::optional<uint64_t> pvh_entry;  // XEN_ELFNOTE_PHYS32_ENTRY
+  bool is_program = false;  // has an interpreter or thread-local storage: made for an operating system
 
   // The entry as a physical address: kernels give it either way. Nothing when it lies in no segment.
   std::optional<uint64_t> physical_entry() const noexcept;

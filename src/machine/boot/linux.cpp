@@ -132,6 +132,9 @@ BootState load_bzimage(Loading& loading, Bytes file) {
 }
 
 BootState load_plain_elf(Loading& loading, const ElfImage& elf) {
+  // Nothing marks a plain ELF file as a kernel, but these are surely none.
+  if (elf.is_program)
+    usage_error("{}: this is a program for an operating system, give a kernel", loading.name);
   const auto entry = elf.physical_entry();
   if (!entry)
     usage_error("{}: the entry point {:#x} lies in no segment of this ELF file", loading.name, elf.entry);
