@@ -1,3 +1,9 @@
+// The rows of --device, and the look-up.
+//
+// A mounted device holds its chip first and its registrations after it, so that the registrations, destroyed
+// first, wait for accesses that are still inside the chip. To add a device: a class here that puts the chip
+// on its buses, its options, one row. Options keep the names of QEMU's command line as aliases where scripts
+// already use those.
 #include "device/table.hpp"
 
 #include <fmt/format.h>
@@ -130,6 +136,7 @@ std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
     if (candidate.name == name) row = &candidate;
   if (!row) usage_error("--device {}: no such device; there are {}", name, names_of(rows));
 
+  // Defaults first, under the canonical name: a factory asks for that name only and always finds a value.
   std::map<std::string, std::string> values;
   for (const auto& schema : row->options) values[std::string(schema.name)] = schema.fallback;
   for (const auto& [key, value] : options) {

@@ -1,3 +1,8 @@
+// Configuration space (PCI Local Bus Specification 3.0, sections 6.1 and 6.7).
+//
+// Every bit is of one of three kinds: fixed, writable, or cleared by writing a one. Two masks beside the
+// bytes say which, so that a guest's write and a saved state go through the same filter and neither can
+// change what a device is.
 #include "device/pci/config_space.hpp"
 
 #include <algorithm>
@@ -40,6 +45,7 @@ unsigned ConfigSpace::add_capability(uint8_t id, unsigned size) {
   set(offset + 1, 1, get(CAPABILITIES, 1));
   set(CAPABILITIES, 1, offset);
   set(STATUS, 2, get(STATUS, 2) | STATUS_CAPABILITIES);
+  // Capabilities start on a double word: the two low bits of a list pointer are reserved.
   next_capability_ = (offset + size + 3) & ~3u;
   return offset;
 }
