@@ -370,10 +370,12 @@ bool set_memory(const DecodeContext& c, Form& form) {
   return true;
 }
 
-bool decode_stub(const DecodeContext& c, Op& op) {
+}  // namespace
+
+std::optional<Plan> simd::plan_stub(const DecodeContext& c, Op& op) {
   Form form;
   form.need = need_of(c);
-  if (!set_memory(c, form)) return false;
+  if (!set_memory(c, form)) return std::nullopt;
   const bool x87 = form.need == Need::x87;
   form.uses_mxcsr = !x87 && uses_mxcsr(c);
   form.silent = c.insn.avx.has_sae || c.insn.avx.rounding.mode != ZYDIS_ROUNDING_MODE_INVALID;
@@ -391,14 +393,22 @@ bool decode_stub(const DecodeContext& c, Op& op) {
     op.src = static_cast<uint8_t>(modrm.mod << 6 | modrm.reg << 3 | modrm.rm);
   }
   std::optional<Native> native = rewrite(c);
-  if (!native) return false;
-  const Form* const made = stub_cache().get(*native, x87 ? StubKind::x87 : StubKind::vector, form);
-  if (made == nullptr) return false;
-  op.aux = made;
-  op.complex = x87                                   ? run_x87
-               : has_register(c, ZYDIS_REGCLASS_MMX) ? run_mmx
-               : form.uses_mxcsr                     ? run_vector_fp
-                                                     : run_vector;
+  if (!native) return std::nullopt;
+  const Complex run = x87                                   ? run_x87
+                      : has_register(c, ZYDIS_REGCLASS_MMX) ? run_mmx
+                      : form.uses_mxcsr                     ? run_vector_fp
+                                                            : run_vector;
+  return Plan{*std::move(native), form, x87 ? StubKind::x87 : StubKind::vector, run};
+}
+
+namespace {
+
+bool decode_stub(const DecodeContext& c, Op& op) {
+  const std::optional<Plan> plan = plan_stub(c, op);
+  if (!plan) return false;
+  const Form* const form = stub_cache().get(plan->native, plan->kind, plan->form);
+  op.complex = form != nullptr ? plan->run : run_uncached;
+  if (form != nullptr) op.aux = form;
   return true;
 }
 

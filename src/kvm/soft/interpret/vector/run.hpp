@@ -5,6 +5,9 @@
 
 namespace lodge::kvm::soft::simd {
 
+// uncached.cpp: an instruction whose stub found no room in the cache: decoded and compiled at each execution.
+Step run_uncached(Cpu& cpu, const Op& op) noexcept;
+
 // run.cpp: stubs. Op::aux is a Form.
 Step run_vector(Cpu& cpu, const Op& op) noexcept;
 Step run_vector_fp(Cpu& cpu, const Op& op) noexcept;  // uses and sets MXCSR

@@ -31,6 +31,17 @@ std::optional<Native> rewrite(const DecodeContext& context);
 
 enum class StubKind : uint8_t { vector, x87 };
 
+// All about a stub but its code.
+struct Plan {
+  Native native;
+  Form form;
+  StubKind kind = StubKind::vector;
+  Complex run = nullptr;
+};
+// Decides how to run an instruction as a stub and fills what of `op` does not depend on the stub; nothing
+// when it is not understood. decode.cpp.
+std::optional<Plan> plan_stub(const DecodeContext& context, Op& op);
+
 // Position-independent code of type Stub; empty when it cannot be made.
 std::vector<uint8_t> emit(const Native& native, StubKind kind, bool uses_mxcsr);
 

@@ -4,6 +4,7 @@
 
 #include "kvm/soft/interpret/vector/arena.hpp"
 #include "kvm/soft/interpret/vector/host.hpp"
+#include "kvm/soft/interpret/vector/run.hpp"
 #include "kvm/soft/interpret/vector/test_support.hpp"
 #include "kvm/soft/interpret/vector/x87.hpp"
 
@@ -151,6 +152,22 @@ TEST_F(Vector, ThirtyTwoBitCodeRunsWithMemoryOperands) {
 
 TEST_F(Vector, LockIsUndefined) {
   EXPECT_TRUE(m.raises(Exception::ud, {0xf0, 0x0f, 0x58, 0xca}));
+}
+
+TEST_F(Vector, WorksWithoutRoomInTheStubCache) {
+  const std::array<uint8_t, 4> addps = {0x0f, 0x58, 0x4e, 0x10};  // addps xmm1, [rsi + 16]
+  std::copy(addps.begin(), addps.end(), &m.at<uint8_t>(TestMachine::code));
+  m.at<float>(TestMachine::data + 16) = 3.0F;
+  m.set_lane<float>(1, 0, 2.0F);
+  m.cpu.gpr[gpr_rip] = TestMachine::code;
+  Op op;
+  op.length = addps.size();
+  op.flags = Op::has_memory;
+  op.base = rsi;
+  op.disp = 16;
+  op.segment = seg_ds;
+  for (int i = 0; i < 2; ++i) ASSERT_EQ(run_uncached(m.cpu, op), Step::next);
+  EXPECT_EQ(m.lane<float>(1, 0), 8.0F);
 }
 
 TEST(Arena, GivesUpAtItsLimit) {
