@@ -142,11 +142,11 @@ void cut_to_level(CpuidEntries& entries, unsigned level, std::string_view model)
     }
   };
   clear(1, ~0u, ~0u, pc_leaf1_ecx, pc_leaf1_edx);
-  // An APIC timer that never stops and an invariant TSC, or Linux distrusts the clock of several processors; and what
-  // spares guests the mitigations of flaws that are not there.
+  // An APIC timer that never stops, an invariant TSC and TSC_ADJUST, or Linux distrusts the clock of several
+  // processors; and what spares guests the mitigations of flaws that are not there.
   clear(6, bit(2), 0u, 0u, 0u);
   clear(0x80000007, 0u, 0u, 0u, bit(8));
-  clear(7, 0u, 0u, 0u, bit(29));
+  clear(7, 0u, bit(1), 0u, bit(29));
   clear(0x80000001, ~0u, ~0u, amd_platform_ecx, pc_ext1_edx | amd_mirror);
   clear(0x80000008, ~0u, 0u, ~0u, 0u);
   for (const auto& feature : level_features) {

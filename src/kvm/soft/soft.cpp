@@ -19,6 +19,25 @@ uint64_t raw_ns() noexcept {
   return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
 }
 
+// TSC and time of one moment: of several pairs the one that was read with the least delay.
+struct ClockReading {
+  uint64_t tsc = 0, ns = 0;
+};
+
+ClockReading read_clocks() noexcept {
+  ClockReading best;
+  uint64_t least = UINT64_MAX;
+  for (int round = 0; round < 8; ++round) {
+    const uint64_t before = raw_ns();
+    const uint64_t tsc = __builtin_ia32_rdtsc();
+    const uint64_t delay = raw_ns() - before;
+    if (delay >= least) continue;
+    least = delay;
+    best = {.tsc = tsc, .ns = before + delay / 2};
+  }
+  return best;
+}
+
 // The host's TSC frequency: from the hypervisor (leaf 0x40000010), from the processor (0x15), else measured.
 uint32_t host_tsc_khz() {
   uint32_t a = 0;
@@ -37,24 +56,11 @@ uint32_t host_tsc_khz() {
     __cpuid(0x15, a, b, c, d);
     if (a != 0 && b != 0 && c != 0) return static_cast<uint32_t>(uint64_t{c} * b / a / 1000);
   }
-  // The best of several short measurements: the one whose ends were read with the least delay.
-  uint64_t best_error = UINT64_MAX;
-  uint32_t khz = 0;
-  for (int round = 0; round < 5; ++round) {
-    const uint64_t t0 = raw_ns();
-    const uint64_t c0 = __builtin_ia32_rdtsc();
-    const uint64_t t1 = raw_ns();
-    const timespec pause{.tv_sec = 0, .tv_nsec = 4'000'000};
-    ::nanosleep(&pause, nullptr);
-    const uint64_t t2 = raw_ns();
-    const uint64_t c1 = __builtin_ia32_rdtsc();
-    const uint64_t t3 = raw_ns();
-    const uint64_t error = (t1 - t0) + (t3 - t2);
-    if (error >= best_error) continue;
-    best_error = error;
-    khz = static_cast<uint32_t>((c1 - c0) * 1'000'000 / ((t2 + t3) / 2 - (t0 + t1) / 2));
-  }
-  return khz;
+  const ClockReading start = read_clocks();
+  const timespec pause{.tv_sec = 0, .tv_nsec = 20'000'000};
+  ::nanosleep(&pause, nullptr);
+  const ClockReading end = read_clocks();
+  return static_cast<uint32_t>((end.tsc - start.tsc) * 1'000'000 / (end.ns - start.ns));
 }
 
 class SoftSystem final : public System {

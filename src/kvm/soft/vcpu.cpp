@@ -162,7 +162,8 @@ void SoftVcpu::publish(int status) noexcept {
 }
 
 int SoftVcpu::loop() noexcept {
-  // An exception that KVM_SET_VCPU_EVENTS gave. Not a debugger's affair: it may be what the debugger hands back.
+  // An exception that KVM_SET_VCPU_EVENTS gave. Not a debugger's affair: it may be what the debugger hands
+  // back.
   if (cpu_.pending.valid && !alone_next_)
     if (const Outcome outcome = deliver(deliver_exception(cpu_)); outcome.leave) return outcome.status;
   for (;;) {

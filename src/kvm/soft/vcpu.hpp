@@ -99,6 +99,7 @@ class SoftVcpu final : public Vcpu, private Platform {
   uint64_t tsc() noexcept override { return guest_tsc(); }
   void set_tsc(uint64_t value) noexcept override;
   uint64_t kvmclock_ns() noexcept override;
+  ClockPair clock_pair() noexcept override;
   uint64_t wall_ns() noexcept override;
   bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept override;
   uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept override;
@@ -127,6 +128,7 @@ class SoftVcpu final : public Vcpu, private Platform {
     SoftVcpu& vcpu_;
   };
   uint64_t guest_tsc() const noexcept;
+  uint64_t guest_tsc(uint64_t host_tsc) const noexcept;
   uint64_t tsc_to_clock(uint64_t guest_tsc) const noexcept;
 
   // The run loop (vcpu.cpp)

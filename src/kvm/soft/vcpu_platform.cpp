@@ -53,8 +53,7 @@ uint8_t SoftVcpu::tpr() noexcept {
 }
 
 void SoftVcpu::set_tpr(uint8_t value) noexcept {
-  if (lapic_ != nullptr)
-    lapic_->set_cr8(value);
+  if (lapic_ != nullptr) lapic_->set_cr8(value);
   // The VMM's own interrupt controller may now have something to deliver.
   else if (value < cpu_.cr8)
     cpu_.leave_run = tpr_lowered_ = true;
@@ -68,7 +67,9 @@ bool SoftVcpu::x2apic_enabled() noexcept {
 }
 
 uint64_t SoftVcpu::guest_tsc() const noexcept {
-  uint64_t host = __builtin_ia32_rdtsc();
+  return guest_tsc(__builtin_ia32_rdtsc());
+}
+uint64_t SoftVcpu::guest_tsc(uint64_t host) const noexcept {
   if (tsc_khz_ != vm_.tsc_khz())
     host = static_cast<uint64_t>(static_cast<u128>(host) * tsc_khz_ / vm_.tsc_khz());
   return host + tsc_offset_.load(std::memory_order_relaxed);
@@ -87,6 +88,10 @@ uint64_t SoftVcpu::tsc_to_clock(uint64_t deadline) const noexcept {
   return vm_.timers().now() + (nanoseconds > century ? century : static_cast<uint64_t>(nanoseconds));
 }
 
+Platform::ClockPair SoftVcpu::clock_pair() noexcept {
+  const uint64_t host = __builtin_ia32_rdtsc();
+  return {.tsc = guest_tsc(host), .ns = vm_.kvmclock_at(host)};
+}
 uint64_t SoftVcpu::kvmclock_ns() noexcept {
   return vm_.kvmclock_ns();
 }

@@ -17,7 +17,8 @@ constexpr uint32_t max_slots = 32764;
 
 SoftVm::SoftVm(uint32_t tsc_khz)
     : tsc_khz_(tsc_khz),
-      clock_offset_(-clock_.now()),
+      clock_scale_(clock_scale(tsc_khz)),
+      clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),
       map_(std::make_shared<MemoryMap>()) {}
 
@@ -187,7 +188,7 @@ kvm_clock_data SoftVm::clock() {
 }
 
 void SoftVm::set_clock(const kvm_clock_data& data) {
-  clock_offset_ = data.clock - clock_.now();
+  clock_offset_ = data.clock - clock_scale_.nanoseconds(__builtin_ia32_rdtsc());
   const std::lock_guard lock(vcpus_mutex_);
   for (SoftVcpu* vcpu : vcpus_) vcpu->post(request::clock);
 }

@@ -8,6 +8,7 @@
 
 #include "base/clock.hpp"
 #include "kvm/kvm.hpp"
+#include "kvm/soft/cpu/kvmclock.hpp"
 #include "kvm/soft/irqchip/irqchip.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
 
@@ -53,9 +54,11 @@ class SoftVm final : public Vm {
   Clock& timers() noexcept { return clock_; }
   std::mutex& split_lock() noexcept { return split_lock_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
-  uint64_t kvmclock_ns() const noexcept {
-    return clock_.now() + clock_offset_.load(std::memory_order_relaxed);
+  // kvmclock follows the host's TSC, as the pages that guests read do: one line for all vCPUs.
+  uint64_t kvmclock_at(uint64_t host_tsc) const noexcept {
+    return clock_scale_.nanoseconds(host_tsc) + clock_offset_.load(std::memory_order_relaxed);
   }
+  uint64_t kvmclock_ns() const noexcept { return kvmclock_at(__builtin_ia32_rdtsc()); }
   std::shared_ptr<const MemoryMap> memory() noexcept;
   const std::atomic<uint32_t>& code_epoch() const noexcept { return code_epoch_; }
   // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self`
@@ -69,6 +72,7 @@ class SoftVm final : public Vm {
   Slot& slot_by_id(uint32_t id, const char* what);
 
   const uint32_t tsc_khz_;
+  const ClockScale clock_scale_;
   RealClock clock_;
   std::atomic<uint64_t> clock_offset_;
   Irqchip irqchip_;

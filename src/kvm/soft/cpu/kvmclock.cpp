@@ -40,21 +40,6 @@ uint32_t begin_version(Cpu& cpu, uint64_t gpa) noexcept {
   return version;
 }
 
-// TSC and nanoseconds of one moment: this thread may be preempted between the two readings, so the closest
-// of a few pairs counts.
-void sample_clock(Cpu& cpu, TimeInfo& info) noexcept {
-  uint64_t best = ~uint64_t{0};
-  for (unsigned attempt = 0; attempt < 4; ++attempt) {
-    const uint64_t before = cpu.platform().tsc();
-    const uint64_t now = cpu.platform().kvmclock_ns();
-    const uint64_t width = cpu.platform().tsc() - before;
-    if (width >= best) continue;
-    best = width;
-    info.tsc_timestamp = before + width / 2;
-    info.system_time = now;
-  }
-}
-
 }  // namespace
 
 ClockScale clock_scale(uint32_t tsc_khz) noexcept {
@@ -74,6 +59,13 @@ ClockScale clock_scale(uint32_t tsc_khz) noexcept {
   return out;
 }
 
+uint64_t ClockScale::nanoseconds(uint64_t ticks) const noexcept {
+  __extension__ using u128 = unsigned __int128;
+  const u128 wide = shift < 0 ? u128{ticks} >> -shift : u128{ticks} << shift;
+  // The product can pass 128 bits for no TSC of this century: 64 bits, a shift of a few and a factor of 32.
+  return static_cast<uint64_t>(wide * mul >> 32);
+}
+
 void update_kvmclock(Cpu& cpu) noexcept {
   const uint64_t msr = cpu.msr.kvm_system_time;
   if ((msr & enabled) == 0) return;
@@ -81,7 +73,9 @@ void update_kvmclock(Cpu& cpu) noexcept {
   const ClockScale scale = clock_scale(cpu.platform().tsc_khz());
   TimeInfo info{};
   info.version = begin_version(cpu, gpa);
-  sample_clock(cpu, info);
+  const Platform::ClockPair now = cpu.platform().clock_pair();
+  info.tsc_timestamp = now.tsc;
+  info.system_time = now.ns;
   info.tsc_to_system_mul = scale.mul;
   info.tsc_shift = scale.shift;
   info.flags = flag_tsc_stable;

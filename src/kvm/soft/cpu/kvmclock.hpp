@@ -17,6 +17,8 @@ void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept;
 struct ClockScale {
   uint32_t mul = 0;
   int8_t shift = 0;
+
+  uint64_t nanoseconds(uint64_t ticks) const noexcept;
 };
 ClockScale clock_scale(uint32_t tsc_khz) noexcept;
 

@@ -27,6 +27,12 @@ class Platform {
   // Nanoseconds of the VM's kvmclock (KVM_GET_CLOCK), and wall-clock nanoseconds since 1970.
   virtual uint64_t kvmclock_ns() noexcept = 0;
   virtual uint64_t wall_ns() noexcept = 0;
+  // TSC and kvmclock of one and the same moment. All vCPUs' pairs lie on one line whose slope is
+  // clock_scale(tsc_khz()): what their kvmclock pages say must not differ.
+  struct ClockPair {
+    uint64_t tsc = 0, ns = 0;
+  };
+  virtual ClockPair clock_pair() noexcept { return {.tsc = tsc(), .ns = kvmclock_ns()}; }
 
   // KVM_CAP_X86_USER_SPACE_MSR and filters: true when an MSR access that would be #GP goes to the VMM instead
   // (the exit is filled in and the handler returns Step::fault with wants_exit).
@@ -36,8 +42,8 @@ class Platform {
   // cpu's wants_exit set; when the VMM has answered, the instruction runs again from its beginning and gets
   // the answers in the same order.
   virtual bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept = 0;
-  // Port I/O, `count` items of `size` (1, 2 or 4) bytes, at most 1024 bytes in all; permission is checked already. As
-  // mmio(): answered, or false and the instruction runs again when the VMM has answered.
+  // Port I/O, `count` items of `size` (1, 2 or 4) bytes, at most 1024 bytes in all; permission is checked
+  // already. As mmio(): answered, or false and the instruction runs again when the VMM has answered.
   virtual bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept = 0;
   // Held around locked accesses that are not one host instruction; one for the whole VM.
   virtual std::mutex& split_lock() noexcept = 0;

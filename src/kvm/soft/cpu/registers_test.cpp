@@ -224,6 +224,13 @@ TEST_F(Registers, ClockScaleCoversSlowAndFastCounters) {
   }
 }
 
+TEST_F(Registers, PagesWrittenAtDifferentTimesAgree) {
+  const ClockScale scale = clock_scale(2'596'166);
+  const uint64_t base = 0x1234'5678'9abc, later = base + 26'000'000'000;
+  const uint64_t line = scale.nanoseconds(later) - scale.nanoseconds(base);
+  EXPECT_NEAR(static_cast<double>(line), static_cast<double>(scale.nanoseconds(later - base)), 2);
+}
+
 // --- CPUID -------------------------------------------------------------------------------------------------
 
 TEST_F(Registers, HostCpuidIsASubsetOfTheHostAndHasABasis) {
