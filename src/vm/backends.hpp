@@ -24,9 +24,25 @@ class Backends {
   // shared after that; stdio is shared with a serial port. Throws UsageError naming `option`.
   std::shared_ptr<Stream> open(const std::string& specification, const std::string& option);
 
+  // The VM really starts: files lose what they held. Without this call they are as before when the object
+  // goes, and those that did not exist are gone.
+  void keep() noexcept;
   void flush() noexcept;
 
+  ~Backends();
+  Backends(const Backends&) = delete;
+  Backends& operator=(const Backends&) = delete;
+
  private:
+  Backends() = default;  // delegated to, so that the destructor also cleans up after a half-made object
+  struct File {
+    std::string path;
+    bool created;
+  };
+  Stream::Ends open_noting_files(const SerialConfig& config, const std::string& option);
+
+  std::vector<File> files_;
+  bool kept_ = false;
   std::vector<std::shared_ptr<Stream>> serial_;
   std::map<std::string, std::shared_ptr<Stream>> others_;
 };

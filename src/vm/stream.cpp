@@ -238,7 +238,9 @@ Stream::Ends open_ends(const SerialConfig& config, const std::string& option) {
     case SerialConfig::Kind::pty: return open_pty(option);
     case SerialConfig::Kind::file:
       ends.where = config.path;
-      ends.out = Fd(::open(config.path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666));
+      ends.out = Fd(::open(config.path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666));
+      ends.created = static_cast<bool>(ends.out);
+      if (!ends.out && errno == EEXIST) ends.out = Fd(::open(config.path.c_str(), O_WRONLY | O_CLOEXEC));
       if (!ends.out) usage_error("{}: cannot write '{}': {}", option, config.path, std::strerror(errno));
       break;
   }

@@ -33,6 +33,7 @@ class Stream final : public device::CharBackend {
     Fd in;                  // none: no input
     Fd out;                 // none: output is dropped
     bool hangs_up = false;  // a pseudo-terminal: nobody may be there, and output is dropped then
+    bool created = false;   // `where` is a file that did not exist before
     std::string where;      // for people: "/dev/pts/3"
   };
 
@@ -87,8 +88,8 @@ class Stream final : public device::CharBackend {
   std::thread thread_;
 };
 
-// Opens the host's end that `config` names. `filter` is used for stdio only. Throws UsageError naming
-// `option`.
+// Opens the host's end that `config` names; a file keeps what is in it (Backends::keep()). `filter` is used
+// for stdio only. Throws UsageError naming `option`.
 Stream::Ends open_ends(const SerialConfig& config, const std::string& option);
 
 }  // namespace lodge::vm

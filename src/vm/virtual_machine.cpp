@@ -39,6 +39,7 @@ VirtualMachine::~VirtualMachine() {
 }
 
 Ending VirtualMachine::run() {
+  backends_->keep();
   const auto start = std::chrono::steady_clock::now();
   for (;;) {
     start_vcpus();

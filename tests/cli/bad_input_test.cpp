@@ -136,6 +136,15 @@ TEST_F(BadInput, FiveSerialPorts) {
 TEST_F(BadInput, SerialFileThatCannotBeWritten) {
   run_refused({"--serial", "file:" + dir_ + "/no/file"}, "--serial");
 }
+TEST_F(BadInput, FilesOfSerialPortsAreAsBefore) {
+  const std::string old = file("old", "precious"), kernel = file("text", "This is not a kernel.\n");
+  refused({"run", "--kernel", kernel, "--accel", accelerator, "--serial", "file:" + dir_ + "/new", "--serial",
+           "file:" + old},
+          "--kernel");
+  run_refused({"--serial", "file:" + dir_ + "/new", "--serial", "file:" + dir_ + "/no/file"}, "--serial");
+  std::ifstream stream(old);
+  EXPECT_EQ(std::string((std::istreambuf_iterator<char>(stream)), {}), "precious");
+}
 TEST_F(BadInput, UnknownDevice) {
   run_refused({"--device", "warp-drive"}, "warp-drive");
 }
