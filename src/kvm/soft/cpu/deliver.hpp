@@ -37,7 +37,8 @@ enum class TaskSwitch : uint8_t { jump, call, gate, iret };
 // Hardware task switch to the TSS `selector`. Faults of the old task's context: false, nothing has changed.
 // Faults in the new task's context and the debug trap of its T bit: true, with cpu.pending set; the state is
 // the new task's. `error` is pushed on the new stack when not null.
-bool switch_task(Cpu& cpu, uint16_t selector, TaskSwitch why, uint64_t return_rip,
-                 const uint32_t* error) noexcept;
+// `saved_flags` is added to the flags in the old TSS (RF, for faults through a task gate).
+bool switch_task(Cpu& cpu, uint16_t selector, TaskSwitch why, uint64_t return_rip, const uint32_t* error,
+                 uint64_t saved_flags = 0) noexcept;
 
 }  // namespace lodge::kvm::soft

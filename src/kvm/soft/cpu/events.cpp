@@ -240,7 +240,7 @@ bool deliver_protected(Cpu& cpu, const Event& event, uint64_t return_rip) noexce
   if (!read_gate(cpu, event, gate)) return false;
   if (gate.type == system_type::task_gate) {
     return switch_task(cpu, gate.selector, TaskSwitch::gate, return_rip,
-                       event.has_error ? &event.error : nullptr);
+                       event.has_error ? &event.error : nullptr, event.set_rf ? flag::rf : 0);
   }
   if (cpu.long_mode()) return deliver_long(cpu, event, gate, return_rip);
   Descriptor code;

@@ -352,6 +352,7 @@ TEST_F(Task, TaskGateOfTheIdtPushesTheErrorCodeOnTheNewStack) {
   EXPECT_EQ(cpu.tr.selector, task2);
   EXPECT_EQ(cpu.gpr[rsp], 0x24000u - 4);
   EXPECT_EQ(m.get<uint32_t>(cpu.gpr[rsp]), 0x1238u);
+  EXPECT_NE(m.get<uint32_t>(tss_at + 0x24) & flag::rf, 0u);
   EXPECT_EQ(m.get<uint32_t>(tss_at + 0x20), code_at);
 }
 

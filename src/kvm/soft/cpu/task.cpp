@@ -178,7 +178,7 @@ bool push_error(Cpu& cpu, const Segment& tss, uint32_t error) noexcept {
 
 // Step 8 to 12: everything that still can fault in the old task's context. Memory of both TSSs is probed
 // first, so that a page fault leaves no half-saved task.
-bool exchange_memory(Cpu& cpu, const Descriptor& tss, TaskSwitch why, uint32_t old_eip,
+bool exchange_memory(Cpu& cpu, const Descriptor& tss, TaskSwitch why, uint32_t old_eip, uint64_t saved_flags,
                      TaskState& task) noexcept {
   const Segment old = cpu.tr;
   const uint32_t old_size = is_32bit(old) ? tss32_size : tss16_size;
@@ -187,7 +187,7 @@ bool exchange_memory(Cpu& cpu, const Descriptor& tss, TaskSwitch why, uint32_t o
   if (!cpu.probe_write_system(tss.segment.base, 2)) return false;
   if (!load_task(cpu, tss.segment, task)) return false;
   const bool nested = why == TaskSwitch::call || why == TaskSwitch::gate;
-  uint64_t flags = cpu.rflags();
+  uint64_t flags = cpu.rflags() | saved_flags;
   if (why == TaskSwitch::iret) flags &= ~flag::nt;
   if (!nested && !set_busy(cpu, old.selector, false)) return false;
   if (!save_task(cpu, old, old_eip, static_cast<uint32_t>(flags))) return false;
@@ -197,13 +197,13 @@ bool exchange_memory(Cpu& cpu, const Descriptor& tss, TaskSwitch why, uint32_t o
 
 }  // namespace
 
-bool switch_task(Cpu& cpu, uint16_t selector, TaskSwitch why, uint64_t return_rip,
-                 const uint32_t* error) noexcept {
+bool switch_task(Cpu& cpu, uint16_t selector, TaskSwitch why, uint64_t return_rip, const uint32_t* error,
+                 uint64_t saved_flags) noexcept {
   Descriptor tss;
   TaskState task;
   if (!read_new_tss(cpu, selector, why, tss)) return false;
   const bool paging = (cpu.cr0 & cr0::pg) != 0 && is_32bit(tss.segment);
-  if (!exchange_memory(cpu, tss, why, static_cast<uint32_t>(return_rip), task)) return false;
+  if (!exchange_memory(cpu, tss, why, static_cast<uint32_t>(return_rip), saved_flags, task)) return false;
   if (paging) {
     if ((cpu.cr4 & cr4::pae) != 0 && !cpu.load_pdptrs(task.cr3)) return false;
     cpu.cr3 = task.cr3;
