@@ -199,9 +199,11 @@ void compare_vectors(std::string& out, const Outcome& native, const Outcome& int
   field("fsw", 2, 2);
   field("ftw", 4, 1);
   field("fop", 6, 2);
-  // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show.
-  field("fip", 8, bits32 ? 4 : 8);
-  field("fdp", 16, bits32 ? 4 : 8);
+  // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show. Elsewhere a
+  // processor keeps as many bits as its linear addresses have.
+  const unsigned pointer_size = bits32 ? 4 : 6;
+  field("fip", 8, pointer_size);
+  field("fdp", 16, pointer_size);
   field("mxcsr", 24, 4);
   for (unsigned i = 0; i < 8; ++i) compare_bytes(out, "st", i, &x.a[32 + 16 * i], &x.b[32 + 16 * i], 10);
   for (unsigned i = 0; i < 16; ++i) compare_bytes(out, "xmm", i, &x.a[160 + 16 * i], &x.b[160 + 16 * i], 16);

@@ -133,6 +133,15 @@ template <class Word>
 void ret_op(Cpu& cpu, const Op* op) noexcept {
   const uint64_t lin = static_cast<Word>(cpu.gpr[rsp]);
   LODGE_STACK_LOAD(Word, target, lin);
+  if constexpr (sizeof(Word) == 8) {
+    // A target that is not canonical faults here, with RSP unchanged. The common width first.
+    constexpr uint64_t lower_half = uint64_t{1} << 47;
+    if (__builtin_expect((target + lower_half) >> 48 != 0, 0) && !cpu.canonical(target)) {
+      cpu.raise(Exception::gp, 0);
+      leave(cpu, op);
+      return;
+    }
+  }
   cpu.gpr[rsp] = static_cast<Word>(lin + sizeof(Word) + op->imm);
   cpu.rip = target;
 }
