@@ -77,8 +77,12 @@ RealClock::~RealClock() {
   thread_.join();
 }
 
-uint64_t RealClock::now() const noexcept { return read_clock(CLOCK_MONOTONIC); }
-uint64_t RealClock::wall() const noexcept { return read_clock(CLOCK_REALTIME); }
+uint64_t RealClock::now() const noexcept {
+  return read_clock(CLOCK_MONOTONIC);
+}
+uint64_t RealClock::wall() const noexcept {
+  return read_clock(CLOCK_REALTIME);
+}
 
 std::unique_ptr<Timer> RealClock::make_timer(std::function<void()> callback) {
   auto entry = std::make_shared<Entry>();

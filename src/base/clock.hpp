@@ -1,7 +1,7 @@
 // Time for devices and interrupt controllers: a monotonic clock with one-shot timers.
 //
-// Real VMs use RealClock (one thread, nanosecond deadlines by timerfd); unit tests use FakeClock and advance it by hand,
-// so that no test sleeps.
+// Real VMs use RealClock (one thread, nanosecond deadlines by timerfd); unit tests use FakeClock and advance
+// it by hand, so that no test sleeps.
 #pragma once
 
 #include <condition_variable>
@@ -20,8 +20,8 @@ namespace lodge {
 class Timer {
  public:
   virtual ~Timer() = default;
-  // Calls the callback once at `deadline` (nanoseconds of Clock::now; at once when past). Replaces an earlier deadline.
-  // Any thread, also from the callback itself.
+  // Calls the callback once at `deadline` (nanoseconds of Clock::now; at once when past). Replaces an earlier
+  // deadline. Any thread, also from the callback itself.
   virtual void arm(uint64_t deadline) noexcept = 0;
   // After cancel() returns no *new* callback starts; one that is running may still finish. Any thread.
   virtual void cancel() noexcept = 0;
@@ -34,8 +34,8 @@ class Clock {
   virtual uint64_t now() const noexcept = 0;
   // Wall-clock time of day as nanoseconds since 1970-01-01 UTC. Any thread.
   virtual uint64_t wall() const noexcept = 0;
-  // The callback runs on the clock's thread (RealClock) or inside advance() (FakeClock), without any lock of the
-  // clock held; it must not block and must not throw.
+  // The callback runs on the clock's thread (RealClock) or inside advance() (FakeClock), without any lock of
+  // the clock held; it must not block and must not throw.
   virtual std::unique_ptr<Timer> make_timer(std::function<void()> callback) = 0;
 };
 
@@ -54,8 +54,8 @@ class RealClock final : public Clock {
   void program(uint64_t deadline) noexcept;
 
   std::mutex mutex_;
-  std::condition_variable idle_;                            // signalled when a callback has finished
-  std::multimap<uint64_t, std::shared_ptr<Entry>> queue_;   // by deadline
+  std::condition_variable idle_;                           // signalled when a callback has finished
+  std::multimap<uint64_t, std::shared_ptr<Entry>> queue_;  // by deadline
   Entry* running_ = nullptr;
   uint64_t programmed_ = 0;  // the deadline that the timerfd holds; 0: none
   bool stop_ = false;

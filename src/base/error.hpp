@@ -1,5 +1,5 @@
-// Errors at set-up. Everything that can fail because of what a user asked for, or what the host lacks, throws one
-// of these; run-time paths (vCPU, virtqueue, device registers) never throw.
+// Errors at set-up. Everything that can fail because of what a user asked for, or what the host lacks, throws
+// one of these; run-time paths (vCPU, virtqueue, device registers) never throw.
 #pragma once
 
 #include <fmt/format.h>
@@ -11,8 +11,8 @@
 
 namespace lodge {
 
-// Bad input or configuration. what() is one line that names the option or file and the remedy; the command prints
-// it and exits with status 2.
+// Bad input or configuration. what() is one line that names the option or file and the remedy; the command
+// prints it and exits with status 2.
 class UsageError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

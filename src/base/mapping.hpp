@@ -29,7 +29,8 @@ class Mapping {
 
   // Private anonymous memory, zeroed on first touch.
   static Mapping anonymous(size_t size);
-  // The whole of a file, read-only. Throws UsageError naming `path` and `option` when it cannot be read or is empty.
+  // The whole of a file, read-only. Throws UsageError naming `path` and `option` when it cannot be read or is
+  // empty.
   static Mapping file(const std::string& path, const std::string& option);
 
   uint8_t* data() const noexcept { return data_; }

@@ -31,7 +31,9 @@ void check(const nlohmann::json& json, std::string_view name, unsigned version) 
     usage_error("saved state of {}: this build reads version {} only", name, version);
 }
 
-void Writer::integer(std::string_view name, uint64_t value) { json_[std::string(name)] = value; }
+void Writer::integer(std::string_view name, uint64_t value) {
+  json_[std::string(name)] = value;
+}
 
 void Writer::bytes(std::string_view name, std::span<const uint8_t> value) {
   std::string hex;
@@ -66,7 +68,8 @@ std::vector<uint8_t> Reader::bytes(std::string_view name) {
 void Reader::fixed(std::string_view name, std::span<uint8_t> value) {
   const std::vector<uint8_t> data = bytes(name);
   if (data.size() != value.size())
-    usage_error("saved state of {}: field '{}' has {} bytes, expected {}", device_, name, data.size(), value.size());
+    usage_error("saved state of {}: field '{}' has {} bytes, expected {}", device_, name, data.size(),
+                value.size());
   std::memcpy(value.data(), data.data(), data.size());
 }
 

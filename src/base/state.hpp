@@ -8,8 +8,9 @@
 //     template <class V> void visit(V& v) { v("index", index); v("cmos", cmos); }
 //   };
 //
-// save_state() turns it into JSON ({"device", "version", fields...}; byte arrays as hex), load_state() back. Loading
-// checks name, version and every field, and throws UsageError naming what does not fit: a snapshot is untrusted input.
+// save_state() turns it into JSON ({"device", "version", fields...}; byte arrays as hex), load_state() back.
+// Loading checks name, version and every field, and throws UsageError naming what does not fit: a snapshot is
+// untrusted input.
 #pragma once
 
 #include <array>
@@ -58,8 +59,8 @@ class Reader {
     } else if constexpr (std::is_enum_v<T>) {
       value = static_cast<T>(integer(name, static_cast<std::make_unsigned_t<std::underlying_type_t<T>>>(-1)));
     } else if constexpr (std::is_integral_v<T>) {
-      value = static_cast<T>(
-          std::is_signed_v<T> ? integer(name, UINT64_MAX) : integer(name, static_cast<std::make_unsigned_t<T>>(-1)));
+      value = static_cast<T>(std::is_signed_v<T> ? integer(name, UINT64_MAX)
+                                                 : integer(name, static_cast<std::make_unsigned_t<T>>(-1)));
     } else if constexpr (std::is_same_v<T, std::vector<uint8_t>>) {
       value = bytes(name);
     } else {

@@ -40,14 +40,20 @@ TEST(State, RoundTripsEveryField) {
 }
 
 TEST(State, TheJsonIsReadable) {
-  EXPECT_EQ(saved().dump(),
-            R"({"data":"0102feff","device":"sample","flag":1,"large":18446744073709551615,"small":7,"version":3})");
+  EXPECT_EQ(
+      saved().dump(),
+      R"({"data":"0102feff","device":"sample","flag":1,"large":18446744073709551615,"small":7,"version":3})");
 }
 
 TEST(State, RefusesWhatDoesNotFit) {
-  for (const auto& [key, value] : std::vector<std::pair<std::string, nlohmann::json>>{
-           {"small", 256}, {"small", -1}, {"small", "x"}, {"data", "010203"}, {"data", "0102fexx"}, {"data", 5},
-           {"version", 2}, {"device", "other"}}) {
+  for (const auto& [key, value] : std::vector<std::pair<std::string, nlohmann::json>>{{"small", 256},
+                                                                                      {"small", -1},
+                                                                                      {"small", "x"},
+                                                                                      {"data", "010203"},
+                                                                                      {"data", "0102fexx"},
+                                                                                      {"data", 5},
+                                                                                      {"version", 2},
+                                                                                      {"device", "other"}}) {
     nlohmann::json json = saved();
     json[key] = value;
     EXPECT_THROW(load_state<Sample>(json), UsageError) << key << " = " << value;

@@ -1,12 +1,13 @@
-// The contract: KVM's own, as the kernel documents it (Documentation/virt/kvm/api.rst), in the types of <linux/kvm.h>.
-// Two accelerators fulfil it: kvm/host (the host's /dev/kvm) and kvm/soft (user space). Machine and device code knows
-// only this header.
+// The contract: KVM's own, as the kernel documents it (Documentation/virt/kvm/api.rst), in the types of
+// <linux/kvm.h>. Two accelerators fulfil it: kvm/host (the host's /dev/kvm) and kvm/soft (user space).
+// Machine and device code knows only this header.
 //
-// Errors. Calls that set something up throw std::system_error with the errno that the ioctl would give (EINVAL,
-// EEXIST, ENXIO...). Calls marked noexcept are for the run-time path and return 0 or a negative errno.
+// Errors. Calls that set something up throw std::system_error with the errno that the ioctl would give
+// (EINVAL, EEXIST, ENXIO...). Calls marked noexcept are for the run-time path and return 0 or a negative
+// errno.
 //
-// Threads. System and Vm: any thread. Vcpu: the thread that runs it, save for kick(); set-up and state calls may come
-// from another thread while run() is not executing.
+// Threads. System and Vm: any thread. Vcpu: the thread that runs it, save for kick(); set-up and state calls
+// may come from another thread while run() is not executing.
 #pragma once
 
 #include <linux/kvm.h>
@@ -25,8 +26,8 @@ namespace lodge::kvm {
 class Exit {
  public:
   struct Io {
-    bool out;                 // true: the guest writes
-    uint8_t size;             // bytes of one item: 1, 2 or 4
+    bool out;      // true: the guest writes
+    uint8_t size;  // bytes of one item: 1, 2 or 4
     uint16_t port;
     uint32_t count;           // items; more than one for string I/O
     std::span<uint8_t> data;  // size * count bytes; for an input the caller fills them before the next run()
@@ -37,8 +38,8 @@ class Exit {
     std::span<uint8_t> data;  // 1 to 8 bytes; for a read the caller fills them before the next run()
   };
 
-  // `status` is 0 or the negative errno that run() ended with (-EINTR after a kick or a signal, -EAGAIN while the
-  // vCPU waits for its SIPI in a machine without in-accelerator irqchip).
+  // `status` is 0 or the negative errno that run() ended with (-EINTR after a kick or a signal, -EAGAIN while
+  // the vCPU waits for its SIPI in a machine without in-accelerator irqchip).
   Exit(kvm_run& run, int status) noexcept : run_(&run), status_(status) {}
 
   int status() const noexcept { return status_; }
@@ -64,11 +65,13 @@ class Vcpu {
   virtual ~Vcpu() = default;
 
   virtual unsigned id() const noexcept = 0;  // APIC ID
-  // Runs the guest until it needs the VMM (KVM_RUN). Completes the I/O or MMIO read of the previous exit first.
+  // Runs the guest until it needs the VMM (KVM_RUN). Completes the I/O or MMIO read of the previous exit
+  // first.
   virtual Exit run() noexcept = 0;
   // Makes the present run(), or else the next one, return with status -EINTR. Any thread; async-signal-safe.
   virtual void kick() noexcept = 0;
-  // The shared structure: immediate_exit, request_interrupt_window, cr8, apic_base, if_flag... (api.rst section 5).
+  // The shared structure: immediate_exit, request_interrupt_window, cr8, apic_base, if_flag... (api.rst
+  // section 5).
   virtual kvm_run& shared() noexcept = 0;
 
   virtual kvm_regs regs() = 0;
@@ -116,25 +119,25 @@ class Vm {
   virtual int check_extension(uint32_t capability) const noexcept = 0;
   virtual void enable_cap(const kvm_enable_cap& cap) = 0;
 
-  // Creates, moves, re-flags or (memory_size 0) removes a memory slot; also while vCPUs run: when the call returns no
-  // vCPU uses the old slot any more. The caller owns the memory and keeps it mapped while the slot exists.
-  // Flags: KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY (guest writes become MMIO exits).
+  // Creates, moves, re-flags or (memory_size 0) removes a memory slot; also while vCPUs run: when the call
+  // returns no vCPU uses the old slot any more. The caller owns the memory and keeps it mapped while the slot
+  // exists. Flags: KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY (guest writes become MMIO exits).
   virtual void set_user_memory_region(const kvm_userspace_memory_region& region) = 0;
-  // Pages written by the guest since the last call; one bit a page, bit 0 the slot's first. Clears the log unless
-  // KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is enabled.
+  // Pages written by the guest since the last call; one bit a page, bit 0 the slot's first. Clears the log
+  // unless KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is enabled.
   virtual void get_dirty_log(uint32_t slot, std::span<uint64_t> bitmap) = 0;
   virtual void clear_dirty_log(uint32_t slot, uint64_t first_page, uint32_t num_pages,
                                std::span<const uint64_t> bitmap) = 0;
-  // To be called by the VMM after it has written guest memory itself (a device's DMA, a loader) and before the guest
-  // can see the result announced: the soft accelerator drops what it has decoded there. Any thread.
+  // To be called by the VMM after it has written guest memory itself (a device's DMA, a loader) and before
+  // the guest can see the result announced: the soft accelerator drops what it has decoded there. Any thread.
   virtual void note_write(uint64_t gpa, uint64_t size) noexcept = 0;
 
   virtual std::unique_ptr<Vcpu> create_vcpu(unsigned id) = 0;
   virtual void set_tss_addr(uint64_t gpa) = 0;
   virtual void set_identity_map_addr(uint64_t gpa) = 0;
 
-  // The full irqchip: two 8259, IOAPIC, a LAPIC for each vCPU created later. For the split irqchip (LAPICs only)
-  // enable KVM_CAP_SPLIT_IRQCHIP instead.
+  // The full irqchip: two 8259, IOAPIC, a LAPIC for each vCPU created later. For the split irqchip (LAPICs
+  // only) enable KVM_CAP_SPLIT_IRQCHIP instead.
   virtual void create_irqchip() = 0;
   virtual void create_pit2(const kvm_pit_config& config) = 0;
   virtual kvm_irqchip irqchip(uint32_t chip_id) = 0;

@@ -199,8 +199,8 @@ void compare_vectors(std::string& out, const Outcome& native, const Outcome& int
   field("fsw", 2, 2);
   field("ftw", 4, 1);
   field("fop", 6, 2);
-  // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show. Elsewhere a
-  // processor keeps as many bits as its linear addresses have.
+  // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show. Elsewhere
+  // a processor keeps as many bits as its linear addresses have.
   const unsigned pointer_size = bits32 ? 4 : 6;
   field("fip", 8, pointer_size);
   field("fdp", 16, pointer_size);

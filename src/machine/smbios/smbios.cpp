@@ -18,8 +18,7 @@ namespace {
 
 using Bytes = std::vector<uint8_t>;
 
-constexpr std::string_view vendor = "Lodge", product = "PC", version = LODGE_VERSION,
-                           date = "01/01/2026";
+constexpr std::string_view vendor = "Lodge", product = "PC", version = LODGE_VERSION, date = "01/01/2026";
 constexpr uint16_t no_handle = 0xffff, no_error_information = 0xfffe;
 constexpr uint16_t memory_array_handle = 0x1000;
 constexpr uint64_t KiB = layout::KiB, MiB = layout::MiB;

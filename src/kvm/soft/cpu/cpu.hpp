@@ -51,8 +51,8 @@ enum class Step : uint8_t {
   branch,  // done; Cpu::rip holds the next RIP. Also after any change of mode, segments, paging, privilege or
            // interruptibility (set rip = next_rip(op)): the block ends here. After a task switch `pending`
            // may hold a fault or debug trap of the new task, to be delivered at Cpu::rip
-  fault,  // not done: an exception is pending, or the VMM must answer an access first (wants_exit)
-  exit,   // done, Cpu::rip set; then leave to the VMM (the exit is filled in)
+  fault,   // not done: an exception is pending, or the VMM must answer an access first (wants_exit)
+  exit,    // done, Cpu::rip set; then leave to the VMM (the exit is filled in)
 };
 
 // Width of code: default operand and address size.

@@ -9,7 +9,9 @@
 namespace lodge::kvm::soft {
 namespace {
 
-void end_handler(Cpu& cpu, const Op* op) noexcept { cpu.rip = cpu.this_rip(*op); }
+void end_handler(Cpu& cpu, const Op* op) noexcept {
+  cpu.rip = cpu.this_rip(*op);
+}
 
 unsigned machine_mode(const Cpu& cpu) noexcept {
   switch (cpu.mode()) {
@@ -35,8 +37,8 @@ void fill_memory(const DecodeContext& context, const ZydisDecodedOperand& operan
   op.index = number(operand.mem.index);
   op.scale = operand.mem.scale <= 1 ? 0 : static_cast<uint8_t>(__builtin_ctz(operand.mem.scale));
   op.disp = operand.mem.disp.value;
-  // SIB.base = 101 with ModRM.mod = 00 means no base, whatever REX.B says; Zydis 4.0 takes it for R13D when the
-  // address size is 32.
+  // SIB.base = 101 with ModRM.mod = 00 means no base, whatever REX.B says; Zydis 4.0 takes it for R13D when
+  // the address size is 32.
   const auto& raw = context.insn.raw;
   if (raw.modrm.mod == 0 && raw.modrm.rm == 4 && (raw.sib.base & 7) == 5 && context.insn.address_width > 16) {
     op.base = gpr_zero;
@@ -47,7 +49,8 @@ void fill_memory(const DecodeContext& context, const ZydisDecodedOperand& operan
   op.segment = operand.mem.segment == ZYDIS_REGISTER_NONE
                    ? uint8_t{seg_ds}
                    : static_cast<uint8_t>(ZydisRegisterGetId(operand.mem.segment));
-  op.flat_segment = context.cpu.mode() == Mode::bits64 && op.segment >= seg_fs ? op.segment : uint8_t{seg_none};
+  op.flat_segment =
+      context.cpu.mode() == Mode::bits64 && op.segment >= seg_fs ? op.segment : uint8_t{seg_none};
 }
 
 void fill_common(const DecodeContext& context, Op& op) noexcept {
@@ -60,7 +63,8 @@ void fill_common(const DecodeContext& context, Op& op) noexcept {
   if ((insn.attributes & ZYDIS_ATTRIB_HAS_REPNE) != 0) op.flags |= Op::repne;
   for (unsigned i = 0; i < insn.operand_count; ++i) {
     const ZydisDecodedOperand& operand = context.operands[i];
-    if (operand.type != ZYDIS_OPERAND_TYPE_MEMORY || operand.visibility != ZYDIS_OPERAND_VISIBILITY_EXPLICIT) continue;
+    if (operand.type != ZYDIS_OPERAND_TYPE_MEMORY || operand.visibility != ZYDIS_OPERAND_VISIBILITY_EXPLICIT)
+      continue;
     fill_memory(context, operand, op);
     break;
   }
@@ -68,7 +72,8 @@ void fill_common(const DecodeContext& context, Op& op) noexcept {
 
 // F3 90 with REX.B is XCHG of R8 and rAX, not PAUSE, for which Zydis 4.0 takes it.
 bool is_exchange(const ZydisDecodedInstruction& insn) noexcept {
-  return insn.mnemonic == ZYDIS_MNEMONIC_PAUSE && (insn.attributes & ZYDIS_ATTRIB_HAS_REX) != 0 && insn.raw.rex.B != 0;
+  return insn.mnemonic == ZYDIS_MNEMONIC_PAUSE && (insn.attributes & ZYDIS_ATTRIB_HAS_REX) != 0 &&
+         insn.raw.rex.B != 0;
 }
 
 Step exchange_r8(Cpu& cpu, const Op& op) noexcept {
@@ -94,8 +99,10 @@ bool ends_block(const ZydisDecodedInstruction& insn) noexcept {
 }  // namespace
 
 uint8_t gpr_offset(ZydisRegister reg) noexcept {
-  if (reg >= ZYDIS_REGISTER_AH && reg <= ZYDIS_REGISTER_BH) return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AH) * 8 + 1);
-  if (reg >= ZYDIS_REGISTER_AL && reg <= ZYDIS_REGISTER_BL) return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AL) * 8);
+  if (reg >= ZYDIS_REGISTER_AH && reg <= ZYDIS_REGISTER_BH)
+    return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AH) * 8 + 1);
+  if (reg >= ZYDIS_REGISTER_AL && reg <= ZYDIS_REGISTER_BL)
+    return static_cast<uint8_t>((reg - ZYDIS_REGISTER_AL) * 8);
   if (reg >= ZYDIS_REGISTER_SPL && reg <= ZYDIS_REGISTER_R15B)
     return static_cast<uint8_t>((reg - ZYDIS_REGISTER_SPL + 4) * 8);
   return static_cast<uint8_t>(ZydisRegisterGetId(reg) * 8);
@@ -130,8 +137,8 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
                                 Op& op) noexcept {
   ZydisDecodedInstruction insn;
   ZydisDecodedOperand operands[ZYDIS_MAX_OPERAND_COUNT];
-  const ZyanStatus status =
-      ZydisDecoderDecodeFull(&decoders_[machine_mode(cpu)], bytes, available > 15 ? 15 : available, &insn, operands);
+  const ZyanStatus status = ZydisDecoderDecodeFull(&decoders_[machine_mode(cpu)], bytes,
+                                                   available > 15 ? 15 : available, &insn, operands);
   op.handler = run_complex;
   if (status == ZYDIS_STATUS_NO_MORE_DATA && available < 15) return Result::more;
   if (status == ZYDIS_STATUS_INSTRUCTION_TOO_LONG || status == ZYDIS_STATUS_NO_MORE_DATA) {
@@ -151,10 +158,11 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
     return Result::undefined;
   }
   if (is_exchange(insn)) {
-    op.size = insn.raw.rex.W != 0 ? 8 : std::any_of(insn.raw.prefixes, insn.raw.prefixes + insn.raw.prefix_count,
-                                                    [](const auto& prefix) { return prefix.value == 0x66; })
-                                            ? 2
-                                            : 4;
+    op.size = insn.raw.rex.W != 0 ? 8
+              : std::any_of(insn.raw.prefixes, insn.raw.prefixes + insn.raw.prefix_count,
+                            [](const auto& prefix) { return prefix.value == 0x66; })
+                  ? 2
+                  : 4;
     op.complex = exchange_r8;
     return Result::ok;
   }

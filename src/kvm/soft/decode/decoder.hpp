@@ -14,7 +14,8 @@ uint32_t decode_key(const Cpu& cpu) noexcept;
 
 class Decoder {
  public:
-  // To be called when the vCPU's CPUID changes: some encodings mean another instruction where a feature is hidden.
+  // To be called when the vCPU's CPUID changes: some encodings mean another instruction where a feature is
+  // hidden.
   void configure(const Features& features) noexcept;
 
   enum class Result : uint8_t {
@@ -23,8 +24,8 @@ class Decoder {
     more,       // the bytes end within the instruction
     undefined,  // #UD: op raises it
   };
-  // Decodes the instruction at `bytes` (1 to 15 or more), which lies op.offset bytes behind the block's start at
-  // `block_rip`. Never throws; total for every byte string.
+  // Decodes the instruction at `bytes` (1 to 15 or more), which lies op.offset bytes behind the block's start
+  // at `block_rip`. Never throws; total for every byte string.
   Result decode(Cpu& cpu, uint64_t block_rip, const uint8_t* bytes, unsigned available, Op& op) noexcept;
 
   // The op that ends a block whose last instruction does not branch: continues at op.offset.

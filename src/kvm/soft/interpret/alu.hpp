@@ -1,5 +1,5 @@
-// Arithmetic done by the host's own instructions, so that results and all flags - those that the manuals leave
-// undefined too - are the silicon's. Flags travel as LAHF and SETO give them (CpuState::arith).
+// Arithmetic done by the host's own instructions, so that results and all flags - those that the manuals
+// leave undefined too - are the silicon's. Flags travel as LAHF and SETO give them (CpuState::arith).
 #pragma once
 
 #include <cstdint>
@@ -56,11 +56,8 @@ enum class Shift : uint8_t { rol, ror, rcl, rcr, shl, shr, sal, sar };
 // The host masks `count` as the guest does (5 bits, 6 for 64-bit operands) and leaves the flags alone for 0.
 template <Shift S, class T>
 [[gnu::always_inline]] inline T shift(T a, uint8_t count, uint16_t& f) noexcept {
-#define LODGE_SHIFT(insn)                                        \
-  asm(LODGE_LOAD_FLAGS insn " %%cl, %[a]\n\t" LODGE_SAVE_FLAGS \
-      : [a] "+&q"(a), "+&a"(f)                                   \
-      : "c"(count)                                               \
-      : "cc")
+#define LODGE_SHIFT(insn) \
+  asm(LODGE_LOAD_FLAGS insn " %%cl, %[a]\n\t" LODGE_SAVE_FLAGS : [a] "+&q"(a), "+&a"(f) : "c"(count) : "cc")
   if constexpr (S == Shift::rol)
     LODGE_SHIFT("rol");
   else if constexpr (S == Shift::ror)

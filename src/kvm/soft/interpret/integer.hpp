@@ -25,7 +25,7 @@ Complex shift_memory(Shift s) noexcept;
 // Handlers that need no more choice than their mnemonic; null when there is none.
 Complex simple(ZydisMnemonic mnemonic) noexcept;
 Complex string_op(ZydisMnemonic mnemonic) noexcept;
-Complex multiply_signed() noexcept;          // one-operand IMUL
+Complex multiply_signed() noexcept;  // one-operand IMUL
 Complex imul_memory(bool three) noexcept;
 
 Step cmov_source(Cpu& cpu, const Op& op) noexcept;   // imm: condition
@@ -45,8 +45,8 @@ Step jcc_relative(Cpu& cpu, const Op& op) noexcept;  // src: condition
 Step ret_near(Cpu& cpu, const Op& op) noexcept;      // imm: bytes to release
 Step nothing(Cpu& cpu, const Op& op) noexcept;
 
-// [linear] = f([linear], flags), atomically in RAM. Across a page boundary, or on a device, in two steps under a lock
-// of all vCPUs' split accesses: no processor promises more of a split lock to a device.
+// [linear] = f([linear], flags), atomically in RAM. Across a page boundary, or on a device, in two steps
+// under a lock of all vCPUs' split accesses: no processor promises more of a split lock to a device.
 template <class T, class F>
 bool modify_at(Cpu& cpu, uint64_t linear, F&& f) noexcept {
   uint16_t flags = cpu.arith;

@@ -1,4 +1,5 @@
-// MOVS, STOS, LODS, SCAS, CMPS, INS and OUTS, with REP as runs within a page where nothing can fault in between.
+// MOVS, STOS, LODS, SCAS, CMPS, INS and OUTS, with REP as runs within a page where nothing can fault in
+// between.
 #include <algorithm>
 
 #include "kvm/soft/cpu/platform.hpp"
@@ -8,10 +9,14 @@
 namespace lodge::kvm::soft::integer {
 namespace {
 
-bool repeated(const Op& op) noexcept { return (op.flags & (Op::rep | Op::repne)) != 0; }
+bool repeated(const Op& op) noexcept {
+  return (op.flags & (Op::rep | Op::repne)) != 0;
+}
 
 // RSI, RDI and RCX at the width of the address size.
-uint64_t pointer(Cpu& cpu, const Op& op, GprName reg) noexcept { return cpu.get_reg(reg * 8, op.address_size); }
+uint64_t pointer(Cpu& cpu, const Op& op, GprName reg) noexcept {
+  return cpu.get_reg(reg * 8, op.address_size);
+}
 void advance(Cpu& cpu, const Op& op, GprName reg, uint64_t bytes) noexcept {
   const bool down = (cpu.system_flags & flag::df) != 0;
   cpu.set_reg(reg * 8, op.address_size, pointer(cpu, op, reg) + (down ? -bytes : bytes));
@@ -20,8 +25,8 @@ void count_down(Cpu& cpu, const Op& op, uint64_t items) noexcept {
   if (repeated(op)) cpu.set_reg(rcx * 8, op.address_size, pointer(cpu, op, rcx) - items);
 }
 
-// How many items may be done in one go before the run loop wants a look: all of a page, but one at a time when
-// instructions are observed one by one.
+// How many items may be done in one go before the run loop wants a look: all of a page, but one at a time
+// when instructions are observed one by one.
 uint64_t budget(Cpu& cpu, const Op& op) noexcept {
   if (!repeated(op)) return 1;
   const uint64_t left = pointer(cpu, op, rcx);
@@ -72,7 +77,8 @@ Step movs(Cpu& cpu, const Op& op) noexcept {
     if (!source_linear(cpu, op, from) || !destination_linear(cpu, op, true, to)) return Step::fault;
     const TlbEntry& source = cpu.tlb->at(from);
     const TlbEntry& target = cpu.tlb->at(to);
-    if (may_run(cpu, op) && TlbSet::hit(source.read, from, op.size) && TlbSet::hit(target.write, to, op.size)) {
+    if (may_run(cpu, op) && TlbSet::hit(source.read, from, op.size) &&
+        TlbSet::hit(target.write, to, op.size)) {
       const uint64_t items =
           std::min({left, items_in_page(cpu, from, op.size), items_in_page(cpu, to, op.size)});
       copy_up(to + target.host, from + source.host, items * op.size, op.size);
@@ -170,7 +176,8 @@ Step outs(Cpu& cpu, const Op& op) noexcept {
   if (!source_linear(cpu, op, from)) return Step::fault;
   uint64_t items = 1;
   if (may_run(cpu, op) && !cpu.slow)
-    items = std::max<uint64_t>(1, std::min({left, items_in_page(cpu, from, op.size), uint64_t{io_buffer} / op.size}));
+    items = std::max<uint64_t>(
+        1, std::min({left, items_in_page(cpu, from, op.size), uint64_t{io_buffer} / op.size}));
   uint8_t data[io_buffer];
   if (!cpu.read_bytes(from, data, static_cast<unsigned>(items * op.size))) return Step::fault;
   if (!cpu.platform().io(port, data, op.size, static_cast<uint32_t>(items), true)) return Step::fault;
@@ -188,7 +195,8 @@ Step ins(Cpu& cpu, const Op& op) noexcept {
   if (!destination_linear(cpu, op, true, to)) return Step::fault;
   uint64_t items = 1;
   if (may_run(cpu, op) && !cpu.slow)
-    items = std::max<uint64_t>(1, std::min({left, items_in_page(cpu, to, op.size), uint64_t{io_buffer} / op.size}));
+    items = std::max<uint64_t>(
+        1, std::min({left, items_in_page(cpu, to, op.size), uint64_t{io_buffer} / op.size}));
   // Known to be writable before the port is read: the read has side effects.
   if (!cpu.probe_write(to, static_cast<unsigned>(items * op.size))) return Step::fault;
   uint8_t data[io_buffer] = {};

@@ -5,7 +5,8 @@
 namespace lodge::kvm::soft {
 namespace {
 
-// #SS instead of #GP for a non-canonical address off SS; the segment checks themselves were done by address().
+// #SS instead of #GP for a non-canonical address off SS; the segment checks themselves were done by
+// address().
 bool check_canonical(Cpu& cpu, uint64_t linear, unsigned size, bool stack) noexcept {
   if (cpu.mode() != Mode::bits64 || (cpu.canonical(linear) && cpu.canonical(linear + size - 1))) return true;
   return cpu.raise(stack ? Exception::ss : Exception::gp, 0);
@@ -31,9 +32,9 @@ bool slow_load(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept 
 
 bool slow_load_for_write(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept {
   const bool stack = op->segment == seg_ss;
-  return finish(cpu, op, check_canonical(cpu, linear, size, stack) && integer::check_alignment(cpu, linear, size) &&
-                             cpu.probe_write(linear, size) &&
-                             cpu.load_slow(linear, size));
+  return finish(cpu, op,
+                check_canonical(cpu, linear, size, stack) && integer::check_alignment(cpu, linear, size) &&
+                    cpu.probe_write(linear, size) && cpu.load_slow(linear, size));
 }
 
 bool slow_store(Cpu& cpu, const Op* op, uint64_t linear, unsigned size, uint64_t value) noexcept {

@@ -1,7 +1,7 @@
 // Building blocks of the threaded handlers: addresses, the inline soft-TLB access, and the two ways to go on.
 //
-// A handler ends in a tail call to the next op (LODGE_NEXT), so it must not let the address of a local variable escape:
-// slow paths return their values in Cpu::scratch.
+// A handler ends in a tail call to the next op (LODGE_NEXT), so it must not let the address of a local
+// variable escape: slow paths return their values in Cpu::scratch.
 #pragma once
 
 #include "kvm/soft/interpret/op.hpp"
@@ -21,7 +21,9 @@ enum class Ea : uint8_t {
 Ea ea_kind(const Cpu& cpu, const Op& op) noexcept;
 
 // Leaves the block with `op` not done.
-[[gnu::noinline, gnu::cold]] inline void leave(Cpu& cpu, const Op* op) noexcept { cpu.rip = cpu.this_rip(*op); }
+[[gnu::noinline, gnu::cold]] inline void leave(Cpu& cpu, const Op* op) noexcept {
+  cpu.rip = cpu.this_rip(*op);
+}
 
 // The address; false (after leave()) when a segment check failed.
 template <Ea E>
@@ -35,36 +37,40 @@ template <Ea E>
 template <Ea E>
 [[gnu::always_inline]] inline uint64_t linear_of(Cpu& cpu, const Op* op) noexcept {
   if constexpr (E == Ea::general) return cpu.scratch;
-  const uint64_t sum = cpu.gpr[op->base] + (cpu.gpr[op->index] << op->scale) + static_cast<uint64_t>(op->disp);
+  const uint64_t sum =
+      cpu.gpr[op->base] + (cpu.gpr[op->index] << op->scale) + static_cast<uint64_t>(op->disp);
   if constexpr (E == Ea::flat32) return static_cast<uint32_t>(sum);
   return sum + cpu.segment[op->flat_segment].base;
 }
 
-// Slow paths of explicit operands: check what the fast path left to the TLB (canonical form, with #SS where due).
+// Slow paths of explicit operands: check what the fast path left to the TLB (canonical form, with #SS where
+// due).
 [[gnu::noinline]] bool slow_load(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept;
-[[gnu::noinline]] bool slow_store(Cpu& cpu, const Op* op, uint64_t linear, unsigned size, uint64_t value) noexcept;
-// A load whose result will be written back: faults as a write, as the architecture does for read-modify-write.
+[[gnu::noinline]] bool slow_store(Cpu& cpu, const Op* op, uint64_t linear, unsigned size,
+                                  uint64_t value) noexcept;
+// A load whose result will be written back: faults as a write, as the architecture does for
+// read-modify-write.
 [[gnu::noinline]] bool slow_load_for_write(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept;
 // The same for stack accesses.
 [[gnu::noinline]] bool slow_stack_load(Cpu& cpu, const Op* op, uint64_t linear, unsigned size) noexcept;
 [[gnu::noinline]] bool slow_stack_store(Cpu& cpu, const Op* op, uint64_t linear, unsigned size,
                                         uint64_t value) noexcept;
 
-#define LODGE_LOAD_BY(slow, T, value, lin)                                               \
-  T value;                                                                               \
-  if (const TlbEntry& e_##value = cpu.tlb->at(lin);                                      \
-      __builtin_expect(TlbSet::hit(e_##value.read, lin, sizeof(T)), 1))                  \
-    value = host_load<T>((lin) + e_##value.host);                                        \
-  else {                                                                                 \
-    if (!slow(cpu, op, lin, sizeof(T))) return;                                          \
-    value = static_cast<T>(cpu.scratch);                                                 \
+#define LODGE_LOAD_BY(slow, T, value, lin)                              \
+  T value;                                                              \
+  if (const TlbEntry& e_##value = cpu.tlb->at(lin);                     \
+      __builtin_expect(TlbSet::hit(e_##value.read, lin, sizeof(T)), 1)) \
+    value = host_load<T>((lin) + e_##value.host);                       \
+  else {                                                                \
+    if (!slow(cpu, op, lin, sizeof(T))) return;                         \
+    value = static_cast<T>(cpu.scratch);                                \
   }
 
-#define LODGE_STORE_BY(slow, T, value, lin)                                              \
-  if (const TlbEntry& e_store = cpu.tlb->at(lin);                                        \
-      __builtin_expect(TlbSet::hit(e_store.write, lin, sizeof(T)), 1))                   \
-    host_store<T>((lin) + e_store.host, value);                                          \
-  else if (!slow(cpu, op, lin, sizeof(T), value))                                        \
+#define LODGE_STORE_BY(slow, T, value, lin)                            \
+  if (const TlbEntry& e_store = cpu.tlb->at(lin);                      \
+      __builtin_expect(TlbSet::hit(e_store.write, lin, sizeof(T)), 1)) \
+    host_store<T>((lin) + e_store.host, value);                        \
+  else if (!slow(cpu, op, lin, sizeof(T), value))                      \
     return;
 
 #define LODGE_LOAD(T, value, lin) LODGE_LOAD_BY(slow_load, T, value, lin)
