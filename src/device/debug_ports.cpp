@@ -1,7 +1,8 @@
 // Debug console (the port 0xE9 convention of Bochs), isa-debug-exit and latches.
 //
 // isa-debug-exit follows the interface that QEMU's command line documents: default port 0x501, two ports
-// wide. The debug console drops what its back end does not take: it has no way to make the guest wait.
+// wide. pvpanic follows QEMU's docs/specs/pvpanic: one port, bit 0 panicked; the other events are not
+// offered. The debug console drops what its back end does not take: it has no way to make the guest wait.
 #include "device/debug_ports.hpp"
 
 #include <nlohmann/json.hpp>

@@ -42,6 +42,24 @@ class DebugExit final : public machine::RegisterWindow {
   machine::Power& power_;
 };
 
+// pvpanic: the guest's kernel says that it has panicked. The VM ends with a status of its own; nothing that a
+// panicked kernel does afterwards is of use. Stateless.
+class PanicPort final : public ByteWindow {
+ public:
+  static constexpr uint8_t panicked = 1;
+  static constexpr int exit_status = 14;  // even, as all of ours (vm/ending.hpp)
+  explicit PanicPort(machine::Power& power) : power_(power) {}
+
+ protected:
+  uint8_t read_byte(uint64_t) noexcept override { return panicked; }  // the events that are understood
+  void write_byte(uint64_t, uint8_t value) noexcept override {
+    if ((value & panicked) != 0) power_.exit_with(exit_status);
+  }
+
+ private:
+  machine::Power& power_;
+};
+
 struct LatchPortsState {
   static constexpr std::string_view name = "latch-ports";
   static constexpr unsigned version = 1;

@@ -25,6 +25,16 @@ TEST(DebugExit, ExitsWithTheValueShiftedAndOdd) {
   EXPECT_EQ(port.read(0, 1), 0u);
 }
 
+TEST(PanicPort, OffersThePanicEventAndEndsTheVmOnlyForIt) {
+  testing::FakePower power;
+  PanicPort port(power);
+  EXPECT_EQ(port.read(0, 1), 1u);
+  port.write(0, 1, 2);
+  EXPECT_FALSE(power.exit_status.has_value());
+  port.write(0, 1, 1);
+  EXPECT_EQ(power.exit_status, 14);
+}
+
 TEST(LatchPorts, KeepWhatIsWritten) {
   LatchPorts ports;
   ports.write(0, 2, 0xbeef);

@@ -14,13 +14,13 @@
 #include "base/error.hpp"
 #include "device/debug_ports.hpp"
 #include "device/testdev.hpp"
+#include "machine/layout.hpp"
 
 namespace lodge::device {
 
 namespace {
 
-// --- Rows
-// ----------------------------------------------------------------------------------------------------
+// --- Rows ---
 
 class MountedDebugConsole final : public MountedDevice {
  public:
@@ -67,6 +67,16 @@ class MountedTestdev final : public MountedDevice {
   machine::Registration echo_, flush_, byte_, irq_, memory_;
 };
 
+class MountedPanicPort final : public MountedDevice {
+ public:
+  explicit MountedPanicPort(const DeviceContext& context)
+      : panic_(context.power), port_(context.ports, machine::layout::pvpanic_port, 1, panic_, "pvpanic") {}
+
+ private:
+  PanicPort panic_;
+  machine::Registration port_;
+};
+
 constexpr std::array debugcon_options{
     OptionSchema{"port", "iobase", "0xe9", "the port to write to"},
     OptionSchema{"output", "", "stdio", "where it prints: stdio, file:PATH or null"},
@@ -95,6 +105,13 @@ constexpr std::array rows{
         [](const DeviceContext& context, const DeviceOptions&) -> std::unique_ptr<MountedDevice> {
           return std::make_unique<MountedTestdev>(context);
         }},
+    DeviceDescriptor{
+        "pvpanic",
+        "ends the VM with its own exit status when the guest's kernel panics (Linux: module pvpanic-mmio)",
+        {},
+        [](const DeviceContext& context, const DeviceOptions&) -> std::unique_ptr<MountedDevice> {
+          return std::make_unique<MountedPanicPort>(context);
+        }},
 };
 
 template <class Rows>
@@ -106,8 +123,7 @@ std::string names_of(const Rows& named) {
 
 }  // namespace
 
-// --- Look-up
-// -------------------------------------------------------------------------------------------------
+// --- Look-up ---
 
 std::span<const DeviceDescriptor> device_table() noexcept {
   return rows;

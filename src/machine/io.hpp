@@ -32,7 +32,7 @@ class Power {
  public:
   virtual ~Power() = default;
   virtual void request(PowerRequest request) noexcept = 0;
-  // The guest ends the VM with this process exit status (isa-debug-exit).
+  // The guest ends the VM with this process exit status (isa-debug-exit, pvpanic).
   virtual void exit_with(int status) noexcept = 0;
 };
 

@@ -51,6 +51,7 @@ inline constexpr uint16_t serial_ports[4] = {0x3f8, 0x2f8, 0x3e8, 0x2e8};
 inline constexpr uint8_t serial_irqs[4] = {4, 3, 4, 3};
 inline constexpr uint16_t fw_cfg_port = 0x510;
 inline constexpr uint16_t debug_console_port = 0xe9;
+inline constexpr uint16_t pvpanic_port = 0x505;
 inline constexpr unsigned max_cpus = 255;  // 8-bit APIC IDs, 0xff is broadcast
 
 }  // namespace lodge::machine::layout

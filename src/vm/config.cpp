@@ -19,7 +19,7 @@
 namespace lodge::vm {
 namespace {
 
-using machine::layout::KiB, machine::layout::MiB, machine::layout::GiB;
+using machine::layout::KiB, machine::layout::MiB;
 
 constexpr std::array<std::string_view, 5> models = {"host", "x86-64-v1", "x86-64-v2", "x86-64-v3",
                                                     "x86-64-v4"};

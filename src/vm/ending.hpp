@@ -39,7 +39,7 @@ inline constexpr int usage_status = 2;
 inline constexpr int host_failure_status = 12;
 
 // For --help: in the order of their numbers.
-constexpr std::array<std::pair<std::string_view, std::string_view>, 8> exit_statuses() {
+constexpr std::array<std::pair<std::string_view, std::string_view>, 9> exit_statuses() {
   return {{{"0", "the guest powered off"},
            {"2", "bad input: option, file or configuration"},
            {"4", "the guest reset the machine (--no-reboot)"},
@@ -47,6 +47,7 @@ constexpr std::array<std::pair<std::string_view, std::string_view>, 8> exit_stat
            {"8", "the accelerator could not go on; the reason is on stderr"},
            {"10", "ended from outside: Ctrl-A X, or a signal and no power-off by the guest"},
            {"12", "the host refused something: memory, a file, a device"},
+           {"14", "the guest's kernel panicked (--device pvpanic)"},
            {"odd", "isa-debug-exit: (value << 1) | 1"}}};
 }
 

@@ -1,5 +1,6 @@
 #include "vm/machine.hpp"
 
+#include <algorithm>
 #include <fmt/format.h>
 
 #include <array>
@@ -197,6 +198,8 @@ void Machine::describe(const VmConfig& config) {
   acpi.cpus = config.cpus;
   acpi.serial_ports = static_cast<unsigned>(serial_.size());
   acpi.fw_cfg = true;
+  acpi.pvpanic =
+      std::ranges::any_of(config.devices, [](const auto& device) { return device.name == "pvpanic"; });
   rsdp_ = machine::acpi::install(acpi, memory_);
 
   machine::smbios::Config smbios;

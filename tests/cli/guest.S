@@ -3,7 +3,7 @@
 //   o  print "hello" and power off       r  print "reset?" and reset through port 0xcf9
 //   t  triple fault                      d  write 5 to isa-debug-exit at 0xf4
 //   e  echo serial input; 'q' powers off h  print "halted" and halt for ever
-//   s  print for ever
+//   s  print for ever                    p  tell pvpanic that the kernel has panicked
 // Integer instructions only, so that it runs on every accelerator.
 
         .set MAGIC, 0x1badb002
@@ -35,6 +35,8 @@ _start:
         je triple
         cmp $'d', %cl
         je debug_exit
+        cmp $'p', %cl
+        je panicked
         cmp $'e', %cl
         je echo
         cmp $'s', %cl
@@ -69,6 +71,12 @@ triple: lidt no_idt
 debug_exit:
         mov $5, %eax
         out %eax, $0xf4
+        jmp .
+
+panicked:
+        mov $0x505, %edx
+        in (%dx), %al
+        out %al, (%dx)
         jmp .
 
 spam:   mov $hello, %esi

@@ -53,6 +53,11 @@ TEST_P(Run, DebugExitGivesItsValue) {
   EXPECT_EQ(result.status, 5 << 1 | 1) << result.err;
 }
 
+TEST_P(Run, AKernelPanicEndsWithItsOwnStatus) {
+  const Result result = run("p", {"--device", "pvpanic"});
+  EXPECT_EQ(result.status, 14) << result.err;
+}
+
 TEST_P(Run, ResetWithoutRebootEndsWithItsOwnStatus) {
   const Result result = run("r", {"--no-reboot"});
   EXPECT_EQ(result.status, 4) << result.err;

@@ -18,7 +18,8 @@ struct Config {
   bool mouse = false;
   bool hpet = true;
   bool rtc = true;
-  bool fw_cfg = false;  // announces QEMU0002
+  bool fw_cfg = false;   // announces QEMU0002
+  bool pvpanic = false;  // announces QEMU0001
 };
 
 // A finished table at the address where it belongs.

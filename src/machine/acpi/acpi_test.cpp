@@ -177,7 +177,8 @@ TEST(AcpiTest, HpetIsOptional) {
 
 TEST(AcpiTest, TablesStayInTheirArea) {
   uint64_t end = layout::acpi_base;
-  for (const Table& table : build({.cpus = 255, .keyboard = true, .mouse = true, .fw_cfg = true})) {
+  for (const Table& table :
+       build({.cpus = 255, .keyboard = true, .mouse = true, .fw_cfg = true, .pvpanic = true})) {
     EXPECT_GE(table.gpa, end);
     end = table.gpa + table.bytes.size();
   }
@@ -229,7 +230,7 @@ class IaslTest : public testing::Test {
 };
 
 TEST_F(IaslTest, DsdtDisassemblesAndCompilesBackToTheSameCode) {
-  const Tables tables({.cpus = 4, .keyboard = true, .mouse = true, .fw_cfg = true});
+  const Tables tables({.cpus = 4, .keyboard = true, .mouse = true, .fw_cfg = true, .pvpanic = true});
   const Bytes& dsdt = tables["DSDT"];
   write("dsdt.dat", dsdt);
   ASSERT_EQ(run("iasl -d dsdt.dat"), 0) << output_;
@@ -238,7 +239,7 @@ TEST_F(IaslTest, DsdtDisassemblesAndCompilesBackToTheSameCode) {
   for (const char* expected :
        {"Device (C003)", "EisaId (\"PNP0A08\")", "EisaId (\"PNP0501\")", "Name (\\_S5", "Method (_OSC, 4",
         "EisaId (\"PNP0B00\")", "EisaId (\"PNP0303\")", "EisaId (\"PNP0C02\")", "\"QEMU0002\"",
-        "ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\")", "0xB0000000"}) {
+        "\"QEMU0001\"", "ToUUID (\"33db4d5b-1ff7-401c-9657-7441c03dd766\")", "0xB0000000"}) {
     EXPECT_NE(source.find(expected), std::string::npos) << expected;
   }
   ASSERT_EQ(run("iasl -oa -p again dsdt.dsl"), 0) << output_;

@@ -101,6 +101,10 @@ Terms isa_devices(const Config& config) {
         device("FWCF", {name("_HID", string("QEMU0002")),
                         name("_CRS", resources({io_ports(layout::fw_cfg_port, fw_cfg_ports)}))}));
   }
+  if (config.pvpanic) {
+    devices.push_back(device("PEVT", {name("_HID", string("QEMU0001")),
+                                      name("_CRS", resources({io_ports(layout::pvpanic_port, 1)}))}));
+  }
   return devices;
 }
 
