@@ -1,8 +1,8 @@
 #include "vm/machine.hpp"
 
-#include <algorithm>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <exception>
 
