@@ -47,7 +47,7 @@ Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
     if (usable && block->host_page[1] != 0) {
       const uint8_t* second =
           cpu_.resolve((linear | page_mask) + 1, Cpu::Access::fetch, cpu_.view(), gpa, failed);
-      // The next page may be gone; the block's first instructions still run until then.
+      // Mapped elsewhere, or gone: decoding anew raises the fault that is due, if any.
       usable = reinterpret_cast<uint64_t>(second) == block->host_page[1];
       cpu_.pending.valid = false;
       cpu_.run_alone = false;

@@ -63,11 +63,6 @@ bool modify_as(Cpu& cpu, const Op& op, F&& f) noexcept {
   return modify_at<T>(cpu, lin, std::forward<F>(f));
 }
 
-template <class F>
-bool modify(Cpu& cpu, const Op& op, F&& f) noexcept {
-  return by_size(op.size, [&]<class T>(T) { return modify_as<T>(cpu, op, f); });
-}
-
 inline Step done(bool ok) noexcept {
   return ok ? Step::next : Step::fault;
 }
