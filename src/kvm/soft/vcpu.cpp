@@ -375,6 +375,12 @@ Outcome SoftVcpu::after_stop() noexcept {
   }
   if (cpu_.leave_run) {
     cpu_.leave_run = false;
+    // A later instruction of the block may want the VMM too. There is one kvm_run: its access is asked for
+    // again when the instruction runs again.
+    if (std::exchange(cpu_.wants_exit, false)) {
+      port_io_ = PortIo::none;
+      mmio_asked_ = false;
+    }
     if (eoi_exit_ >= 0) {
       run_->eoi.vector = static_cast<uint8_t>(std::exchange(eoi_exit_, -1));
       return exit_with(KVM_EXIT_IOAPIC_EOI);
