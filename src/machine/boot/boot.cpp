@@ -17,6 +17,14 @@ void memory_too_small(const Loading& loading, uint64_t end) {
               align_up(end, layout::MiB) >> 20);
 }
 
+void refuse_over_tables(const Loading& loading, uint64_t gpa, uint64_t size) {
+  constexpr uint64_t begin = layout::acpi_base, end = layout::smbios_base + layout::smbios_size;
+  static_assert(layout::acpi_base + layout::acpi_size == layout::smbios_base);
+  if (gpa >= end || gpa + size <= begin) return;
+  usage_error("{}: this kernel belongs at {:#x} to {:#x}, over the machine's tables at {:#x} to {:#x}",
+              loading.name, gpa, gpa + size - 1, begin, end - 1);
+}
+
 void load_elf_segments(Loading& loading, const ElfImage& elf) {
   Placement& placement = loading.placement;
   for (const ElfSegment& segment : elf.segments) {
@@ -26,6 +34,7 @@ void load_elf_segments(Loading& loading, const ElfImage& elf) {
       usage_error("{}: a segment of this kernel belongs at {:#x}, where this machine has no RAM",
                   loading.name, segment.paddr);
     }
+    refuse_over_tables(loading, segment.paddr, segment.memory_size);
   }
   for (const ElfSegment& segment : elf.segments) {
     placement.take(segment.paddr, segment.memory_size);

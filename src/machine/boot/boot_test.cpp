@@ -313,6 +313,23 @@ TEST(ElfTest, NamesASegmentOutsideMemory) {
               testing::HasSubstr("where this machine has no RAM"));
 }
 
+TEST(ElfTest, RefusesAKernelOverTheMachinesTables) {
+  GuestMemory memory(16 * MiB);
+  const auto message = [&](uint64_t begin, uint64_t size) {
+    return usage_message([&] {
+      load_bytes(elf64({.paddr = begin, .vaddr = begin, .entry = begin, .file_size = size}), {.kernel = "k"},
+                 memory);
+    });
+  };
+  EXPECT_EQ(message(0xdf000, 0x1001),
+            "--kernel k: this kernel belongs at 0xdf000 to 0xe0000, over the machine's tables at 0xe0000 to "
+            "0xfffff");
+  EXPECT_THAT(message(0xfffff, 2), testing::HasSubstr("over the machine's tables"));
+  EXPECT_THAT(message(0xd0000, 0x40000), testing::HasSubstr("over the machine's tables"));
+  EXPECT_EQ(message(0xdf000, 0x1000), "no UsageError") << "ends where they begin";
+  EXPECT_EQ(message(0x100000, 0x1000), "no UsageError") << "begins where they end";
+}
+
 TEST(ElfTest, RefusesForeignAndDamagedFiles) {
   GuestMemory memory(16 * MiB);
   const auto message = [&](Data file) {
@@ -434,6 +451,25 @@ TEST(MultibootTest, RefusesUnknownRequiredFeaturesAndImpossibleAddresses) {
   std::memcpy(file.data(), header.data(), sizeof header);
   EXPECT_THAT(usage_message([&] { load_bytes(file, {.kernel = "k"}, memory); }),
               testing::HasSubstr("impossible addresses"));
+}
+
+TEST(MultibootTest, RefusesAKernelOverTheMachinesTables) {
+  GuestMemory memory(16 * MiB);
+  Data file = sample(3000);
+  const uint32_t flags = 0x10000;
+  const std::array<uint32_t, 8> header{0x1badb002, flags,  0u - 0x1badb002 - flags, 0xff000, 0xff000, 0,
+                                       0,          0xff100};
+  std::memcpy(file.data(), header.data(), sizeof header);
+  EXPECT_THAT(usage_message([&] { load_bytes(file, {.kernel = "k"}, memory); }),
+              testing::HasSubstr("belongs at 0xff000 to 0xffbb7, over the machine's tables"));
+}
+
+TEST(BzImageTest, RefusesAStubOverTheMachinesTables) {
+  GuestMemory memory(64 * MiB);
+  EXPECT_THAT(usage_message([&] {
+                load_bytes(bzimage({.payload = sample(5000), .preferred = 0xe0000}), {.kernel = "k"}, memory);
+              }),
+              testing::HasSubstr("over the machine's tables"));
 }
 
 // --- any file

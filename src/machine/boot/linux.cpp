@@ -111,6 +111,7 @@ BootState load_bzimage(Loading& loading, Bytes file) {
     entry = *kernel->elf.physical_entry();
     protocol = fmt::format("Linux bzImage, {} payload unpacked", kernel->format);
   } else {
+    refuse_over_tables(loading, image.load_address, image.protected_mode.size());
     placement.store(image.load_address, image.protected_mode, "the kernel");
     entry = image.load_address + (image.has_64bit_entry ? entry64_offset : 0);
     protocol = "Linux bzImage, unpacking itself";

@@ -72,6 +72,7 @@ Loaded load_by_addresses(Loading& loading, const Header& header, Bytes file) {
   const uint64_t end = std::max<uint64_t>(load_end, header.bss_end);
   Placement& placement = loading.placement;
   if (!placement.usable(header.load_address, end - header.load_address)) memory_too_small(loading, end);
+  refuse_over_tables(loading, header.load_address, end - header.load_address);
   placement.take(header.load_address, end - header.load_address);
   placement.store(header.load_address, *data, "the kernel");
   placement.zero(load_end, end - load_end, "the kernel");
