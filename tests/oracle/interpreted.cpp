@@ -7,12 +7,11 @@
 #include <atomic>
 #include <cerrno>
 #include <cstring>
-#include <mutex>
 #include <system_error>
 
 #include "kvm/soft/cpu/cpu.hpp"
 #include "kvm/soft/cpu/cpuid.hpp"
-#include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/cpu/quiet_platform.hpp"
 #include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/interpret/vector/exchange.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
@@ -22,30 +21,6 @@ namespace lodge::oracle {
 using namespace kvm::soft;
 
 namespace {
-
-// Nothing that the oracle runs asks the platform anything.
-class NoPlatform : public Platform {
- public:
-  bool read_apic_msr(uint32_t, uint64_t&) noexcept override { return false; }
-  bool write_apic_msr(uint32_t, uint64_t) noexcept override { return false; }
-  uint8_t tpr() noexcept override { return 0; }
-  void set_tpr(uint8_t) noexcept override {}
-  bool apic_enabled() noexcept override { return false; }
-  bool x2apic_enabled() noexcept override { return false; }
-  uint64_t tsc() noexcept override { return 0; }
-  void set_tsc(uint64_t) noexcept override {}
-  uint32_t tsc_khz() noexcept override { return 0; }
-  uint64_t kvmclock_ns() noexcept override { return 0; }
-  uint64_t wall_ns() noexcept override { return 0; }
-  bool exit_for_msr(uint32_t, bool, uint64_t) noexcept override { return false; }
-  bool mmio(uint64_t, void*, unsigned, bool) noexcept override { return false; }
-  bool io(uint16_t, void*, unsigned, uint32_t, bool) noexcept override { return false; }
-  std::mutex& split_lock() noexcept override { return mutex_; }
-  uint64_t hypercall(uint64_t, const uint64_t (&)[4]) noexcept override { return 0; }
-
- private:
-  std::mutex mutex_;
-};
 
 // Guest-physical memory: page tables, the code page, the window.
 constexpr uint64_t pml4 = 0, pdpt = page, directory = 2 * page, window_table = 3 * page,
@@ -106,7 +81,7 @@ struct Interpreted::Machine {
   }
 
   uint8_t* ram = nullptr;
-  NoPlatform platform;
+  QuietPlatform platform;  // nothing that the oracle runs asks it anything
   std::atomic<uint32_t> code_epoch{0};
   MemoryMap map;
   Cpu cpu{platform, 0};

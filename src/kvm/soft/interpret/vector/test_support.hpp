@@ -4,40 +4,16 @@
 
 #include <atomic>
 #include <initializer_list>
-#include <mutex>
 #include <vector>
 
 #include "kvm/soft/cpu/cpu.hpp"
 #include "kvm/soft/cpu/cpuid.hpp"
-#include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/cpu/quiet_platform.hpp"
 #include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/interpret/vector/exchange.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
 
 namespace lodge::kvm::soft::simd {
-
-class QuietPlatform : public Platform {
- public:
-  bool read_apic_msr(uint32_t, uint64_t&) noexcept override { return false; }
-  bool write_apic_msr(uint32_t, uint64_t) noexcept override { return false; }
-  uint8_t tpr() noexcept override { return 0; }
-  void set_tpr(uint8_t) noexcept override {}
-  bool apic_enabled() noexcept override { return false; }
-  bool x2apic_enabled() noexcept override { return false; }
-  uint64_t tsc() noexcept override { return 0; }
-  void set_tsc(uint64_t) noexcept override {}
-  uint32_t tsc_khz() noexcept override { return 0; }
-  uint64_t kvmclock_ns() noexcept override { return 0; }
-  uint64_t wall_ns() noexcept override { return 0; }
-  bool exit_for_msr(uint32_t, bool, uint64_t) noexcept override { return false; }
-  bool mmio(uint64_t, void*, unsigned, bool) noexcept override { return false; }
-  bool io(uint16_t, void*, unsigned, uint32_t, bool) noexcept override { return false; }
-  std::mutex& split_lock() noexcept override { return mutex_; }
-  uint64_t hypercall(uint64_t, const uint64_t (&)[4]) noexcept override { return 0; }
-
- private:
-  std::mutex mutex_;
-};
 
 struct TestMachine {
   static constexpr uint64_t ram_size = 0x10000, tables = 0x1000, data = 0x8000, code = 0x6000;
