@@ -1,9 +1,9 @@
 #include "kvm/soft/cpu/kvmclock.hpp"
 
-#include <atomic>
 #include <cstring>
 
 #include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/mmu/host_access.hpp"
 
 namespace lodge::kvm::soft {
 namespace {
@@ -36,7 +36,7 @@ uint32_t begin_version(Cpu& cpu, uint64_t gpa) noexcept {
   if (!cpu.read_physical(gpa, &version, sizeof version)) return 0;
   version = (version | 1) + ((version & 1) != 0 ? 2 : 0);
   cpu.write_physical(gpa, &version, sizeof version);
-  std::atomic_thread_fence(std::memory_order_release);
+  host_store_fence();
   return version;
 }
 
@@ -80,7 +80,7 @@ void update_kvmclock(Cpu& cpu) noexcept {
   info.tsc_shift = scale.shift;
   info.flags = flag_tsc_stable;
   cpu.write_physical(gpa, &info, sizeof info);
-  std::atomic_thread_fence(std::memory_order_release);
+  host_store_fence();
   ++info.version;
   cpu.write_physical(gpa, &info.version, sizeof info.version);
 }
@@ -92,7 +92,7 @@ void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept {
   clock.sec = static_cast<uint32_t>(boot / 1'000'000'000);
   clock.nsec = static_cast<uint32_t>(boot % 1'000'000'000);
   cpu.write_physical(gpa, &clock, sizeof clock);
-  std::atomic_thread_fence(std::memory_order_release);
+  host_store_fence();
   ++clock.version;
   cpu.write_physical(gpa, &clock.version, sizeof clock.version);
 }

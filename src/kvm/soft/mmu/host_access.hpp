@@ -56,6 +56,12 @@ inline void host_write(uint64_t address, const void* data, unsigned size) noexce
   piece(uint64_t{}), piece(uint32_t{}), piece(uint16_t{}), piece(uint8_t{});
 }
 
+// Keeps host_store()s before it from passing those behind it. x86 stores are in order, so only the compiler
+// is told (and not by std::atomic_thread_fence, which ThreadSanitizer does not know).
+inline void host_store_fence() noexcept {
+  asm volatile("" : : : "memory");
+}
+
 template <class T>
 inline bool host_compare_exchange(uint64_t address, T expected, T desired) noexcept {
   bool done;
