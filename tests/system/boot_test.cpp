@@ -123,6 +123,13 @@ TEST_F(Boot, KernelLogHasNoComplaints) {
   for (std::string line; std::getline(lines, line);) {
     if (std::regex_search(line, complaint) && !std::regex_search(line, also_there)) ADD_FAILURE() << line;
   }
+  // The help that the accelerator offers is taken.
+  EXPECT_THAT(process.out(), HasSubstr("kvm-guest: PV spinlocks enabled"));
+  EXPECT_THAT(process.out(), HasSubstr("kvm-guest: setup PV IPIs"));
+  if (std::ifstream("/proc/thread-self/schedstat")) {  // where the host tells of steal time
+    EXPECT_THAT(process.out(), HasSubstr("kvm-guest: KVM setup pv remote TLB flush"));
+    EXPECT_THAT(process.out(), HasSubstr("kvm-guest: setup PV sched yield"));
+  }
 }
 
 // memtest86+ draws a screen; the number of the running test is at line 4, column 35.

@@ -185,11 +185,13 @@ int SoftVcpu::loop() noexcept {
 Outcome SoftVcpu::service() noexcept {
   const uint32_t bits = cpu_.request.exchange(0);
   if ((bits & request::memory) != 0) acknowledge_memory();
+  settle_pv_eoi();
   if ((bits & (request::init | request::sipi)) != 0)
     if (const Outcome outcome = take_init_and_sipi(bits); outcome.leave) return outcome;
   if ((bits & request::nmi) != 0) nmi_pending_ = true;
   if ((bits & request::clock) != 0) update_kvmclock(cpu_);
   if ((bits & request::interrupt) != 0) interrupt_waiting_ = true;
+  if ((bits & request::unhalt) != 0) unhalted_ = true;
   if ((bits & request::kick) != 0) return leave_with(-EINTR);
   // An instruction whose access has been answered comes before any event.
   if (alone_next_ && (answered_ > 0 || port_io_ == PortIo::answered)) return go_on;
@@ -201,7 +203,7 @@ Outcome SoftVcpu::take_init_and_sipi(uint32_t bits) noexcept {
     reset_cpu(cpu_, true);
     if (lapic_ != nullptr) lapic_->init_reset();
     cpu_.halted = false;
-    nmi_pending_ = interrupt_waiting_ = false;
+    nmi_pending_ = interrupt_waiting_ = unhalted_ = false;
     const bool bsp = lapic_ == nullptr || (lapic_->apic_base() & Lapic::base_bsp) != 0;
     mp_state_ = bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED;
   }
@@ -220,8 +222,7 @@ Outcome SoftVcpu::inject() noexcept {
   if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return go_on;
   if (nmi_pending_ && !cpu_.nmi_blocked && !cpu_.interrupt_shadow) {
     nmi_pending_ = false;
-    cpu_.halted = false;
-    mp_state_ = KVM_MP_STATE_RUNNABLE;
+    end_halt();
     return deliver(deliver_nmi(cpu_));
   }
   if (!interrupts_open()) return go_on;
@@ -234,12 +235,19 @@ Outcome SoftVcpu::inject() noexcept {
     if (vector < 0) interrupt_waiting_ = false;
   }
   if (vector >= 0) {
-    cpu_.halted = false;
-    mp_state_ = KVM_MP_STATE_RUNNABLE;
+    end_halt();
+    steal_.update();
+    offer_pv_eoi();
     return deliver(deliver_external_interrupt(cpu_, static_cast<uint8_t>(vector)));
   }
   if (run_->request_interrupt_window != 0 && lapic_ == nullptr) return exit_with(KVM_EXIT_IRQ_WINDOW_OPEN);
   return go_on;
+}
+
+void SoftVcpu::end_halt() noexcept {
+  if (cpu_.halted) unhalted_ = false;
+  cpu_.halted = false;
+  mp_state_ = KVM_MP_STATE_RUNNABLE;
 }
 
 // Whether something ends the halt now.
@@ -256,6 +264,10 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
     return exit_with(KVM_EXIT_HLT);
   }
   if (wakes()) return go_on;
+  if (unhalted_ && (mp_state_ == KVM_MP_STATE_RUNNABLE || mp_state_ == KVM_MP_STATE_HALTED)) {
+    end_halt();
+    return go_on;
+  }
   leave_guest();
   sleeping_.store(true);
   if (cpu_.request.load() == 0) futex_wait(cpu_.request, 0);

@@ -11,6 +11,7 @@
 #include "kvm/soft/cpu/cpu.hpp"
 #include "kvm/soft/cpu/events.hpp"
 #include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/cpu/steal_time.hpp"
 #include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/interpret/block.hpp"
 #include "kvm/soft/irqchip/vcpu_port.hpp"
@@ -102,6 +103,10 @@ class SoftVcpu final : public Vcpu, private Platform {
   ClockPair clock_pair() noexcept override;
   uint64_t wall_ns() noexcept override;
   bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept override;
+  void paravirt_changing() noexcept override { settle_pv_eoi(); }
+  void paravirt_changed() noexcept override {
+    if (in_guest_.load()) steal_.start();
+  }
   uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept override;
   bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept override;
   bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept override;
@@ -119,6 +124,7 @@ class SoftVcpu final : public Vcpu, private Platform {
       vcpu_.sipi_vector_ = vector;
       vcpu_.post(request::sipi);
     }
+    void unhalt() noexcept override { vcpu_.post(request::unhalt); }
     uint64_t guest_tsc() const noexcept override { return vcpu_.guest_tsc(); }
     uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept override {
       return vcpu_.tsc_to_clock(guest_tsc);
@@ -137,6 +143,7 @@ class SoftVcpu final : public Vcpu, private Platform {
   Outcome take_init_and_sipi(uint32_t bits) noexcept;
   Outcome inject() noexcept;
   Outcome wait_while_halted() noexcept;
+  void end_halt() noexcept;
   bool wakes() noexcept;
   Outcome run_blocks() noexcept;
   Outcome run_alone() noexcept;
@@ -147,10 +154,15 @@ class SoftVcpu final : public Vcpu, private Platform {
   Outcome exit_with(uint32_t reason) noexcept;
   Outcome internal_error(uint32_t suberror) noexcept;
   bool interrupts_open() noexcept;
-  void enter_guest() noexcept { in_guest_.store(true); }
-  void leave_guest() noexcept { in_guest_.store(false); }
+  void enter_guest() noexcept;
+  void leave_guest() noexcept;
   void finish_exit() noexcept;
   void publish(int status) noexcept;
+
+  // Paravirtual EOI (vcpu_paravirt.cpp): offers it for the interrupt that was just taken; finds out whether
+  // the guest has made use of it. The latter comes before anything that depends on what is in service.
+  void offer_pv_eoi() noexcept;
+  void settle_pv_eoi() noexcept;
 
   // Decoding (vcpu_fetch.cpp)
   static unsigned jump_hash(uint64_t linear) noexcept {
@@ -189,13 +201,17 @@ class SoftVcpu final : public Vcpu, private Platform {
   std::atomic<bool> in_guest_{false};
   std::atomic<bool> sleeping_{false};
 
+  StealTime steal_{cpu_};
+
   // Events.
   bool recheck_ = false;  // some event below waits until the guest can take it
   uint32_t seen_code_epoch_ = 0;
   uint32_t from_flushes_ = 0;       // flush count when the previous block ended
   bool interrupt_waiting_ = false;  // the irqchip may have a vector for us
   bool nmi_pending_ = false;
-  int external_ = -1;  // vector of KVM_INTERRUPT, without LAPIC
+  bool unhalted_ = false;        // by KVM_HC_KICK_CPU: the present or next HLT ends at once
+  bool pv_eoi_offered_ = false;  // the guest's word says so; settle_pv_eoi() takes it back
+  int external_ = -1;            // vector of KVM_INTERRUPT, without LAPIC
   std::atomic<uint8_t> sipi_vector_{0};
   std::atomic<uint32_t> mp_state_;
 

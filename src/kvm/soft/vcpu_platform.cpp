@@ -10,7 +10,6 @@ namespace lodge::kvm::soft {
 namespace {
 
 constexpr uint32_t msr_apic_base = 0x1b, msr_tsc_deadline = 0x6e0;
-constexpr uint64_t hypercall_enosys = static_cast<uint64_t>(-1000);  // -KVM_ENOSYS
 
 __extension__ typedef unsigned __int128 u128;
 
@@ -22,6 +21,7 @@ bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
     value = run_->apic_base;
     return true;
   }
+  if (index != msr_tsc_deadline) settle_pv_eoi();
   switch (index) {
     case msr_apic_base: value = lapic_->apic_base(); return true;
     case msr_tsc_deadline: value = lapic_->tsc_deadline(); return true;
@@ -35,6 +35,7 @@ bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
     run_->apic_base = value;
     return true;
   }
+  if (index != msr_tsc_deadline) settle_pv_eoi();
   bool done = true;
   switch (index) {
     case msr_apic_base: done = lapic_->set_apic_base(value); break;
@@ -53,6 +54,7 @@ uint8_t SoftVcpu::tpr() noexcept {
 }
 
 void SoftVcpu::set_tpr(uint8_t value) noexcept {
+  settle_pv_eoi();
   if (lapic_ != nullptr) lapic_->set_cr8(value);
   // The VMM's own interrupt controller may now have something to deliver.
   else if (value < cpu_.cr8)
@@ -107,13 +109,10 @@ bool SoftVcpu::exit_for_msr(uint32_t, bool, uint64_t) noexcept {
   return false;
 }
 
-uint64_t SoftVcpu::hypercall(uint64_t, const uint64_t (&)[4]) noexcept {
-  return hypercall_enosys;
-}
-
 bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept {
   auto* bytes = static_cast<uint8_t*>(data);
   if (lapic_ != nullptr && size <= 8 && lapic_->handles_gpa(gpa)) {
+    settle_pv_eoi();
     lapic_->mmio(static_cast<uint32_t>(gpa & page_mask), write, data, size);
     if (const int vector = lapic_->take_eoi_exit(); vector >= 0) {
       eoi_exit_ = vector;

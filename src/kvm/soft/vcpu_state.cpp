@@ -149,7 +149,8 @@ void SoftVcpu::set_vcpu_events(const kvm_vcpu_events& events) {
 
 kvm_mp_state SoftVcpu::mp_state() {
   const uint32_t state = mp_state_;
-  return {state == KVM_MP_STATE_RUNNABLE && cpu_.halted ? uint32_t{KVM_MP_STATE_HALTED} : state};
+  const bool unhalted = unhalted_ || (cpu_.request.load() & request::unhalt) != 0;
+  return {state == KVM_MP_STATE_RUNNABLE && cpu_.halted && !unhalted ? uint32_t{KVM_MP_STATE_HALTED} : state};
 }
 
 void SoftVcpu::set_mp_state(const kvm_mp_state& state) {
@@ -231,6 +232,8 @@ kvm_translation SoftVcpu::translate(uint64_t linear) {
 }
 
 void SoftVcpu::enable_cap(const kvm_enable_cap& cap) {
+  // What the guest's CPUID hides of KVM's paravirtual features is never there on soft.
+  if (cap.cap == KVM_CAP_ENFORCE_PV_FEATURE_CPUID && cap.args[0] != 0) return;
   throw_errno(EINVAL, fmt::format("the soft accelerator has no vCPU capability {} to enable", cap.cap));
 }
 

@@ -65,7 +65,8 @@ inline constexpr uint32_t nmi = 2, smi = 4, init = 8, sipi = 0x10;
 inline constexpr uint32_t kick = 0x20;  // leave run() with -EINTR
 inline constexpr uint32_t memory =
     0x40;  // the slot table changed or a page became code: flush and acknowledge
-inline constexpr uint32_t clock = 0x80;  // update the kvmclock page
+inline constexpr uint32_t clock = 0x80;    // update the kvmclock page
+inline constexpr uint32_t unhalt = 0x100;  // end the HLT (KVM_HC_KICK_CPU)
 }  // namespace request
 
 class Cpu : public CpuState {
@@ -174,6 +175,7 @@ class Cpu : public CpuState {
   // (nothing is raised). Writes mark the dirty log and drop decoded code.
   bool read_physical(uint64_t gpa, void* out, unsigned size) noexcept;
   bool write_physical(uint64_t gpa, const void* data, unsigned size) noexcept;
+  bool exchange_physical(uint64_t gpa, uint8_t& value) noexcept;  // atomically
 
   // --- translation ---
   void flush_tlb(bool keep_global) noexcept;

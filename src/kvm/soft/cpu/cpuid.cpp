@@ -10,6 +10,7 @@
 
 #include "kvm/soft/cpu/cpuid_bits.hpp"
 #include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/cpu/run_delay.hpp"
 
 namespace lodge::kvm::soft {
 namespace {
@@ -169,9 +170,13 @@ void add_xsave(Builder& builder, uint64_t components) {
 // The paravirtual leaves of KVM (Documentation/virt/kvm/x86/cpuid.rst).
 void add_hypervisor(Builder& builder, uint32_t tsc_khz) {
   builder.add(0x4000'0000, {tsc_khz != 0 ? 0x4000'0010u : 0x4000'0001u, 0x4b4d'564b, 0x564b'4d56, 0x4d});
-  builder.add(0x4000'0001, {kvm_feature::clocksource | kvm_feature::nop_io_delay | kvm_feature::clocksource2 |
-                                kvm_feature::clocksource_stable,
-                            0, 0, 0});
+  uint32_t features = kvm_feature::clocksource | kvm_feature::nop_io_delay | kvm_feature::clocksource2 |
+                      kvm_feature::clocksource_stable | kvm_feature::pv_eoi | kvm_feature::pv_unhalt |
+                      kvm_feature::pv_send_ipi;
+  // The page of the steal time is where `preempted` is told, and the host must tell us the time.
+  if (RunDelay::available())
+    features |= kvm_feature::steal_time | kvm_feature::pv_tlb_flush | kvm_feature::pv_sched_yield;
+  builder.add(0x4000'0001, {features, 0, 0, 0});
   // EAX: TSC in kHz, EBX: APIC timer in kHz (its bus runs at 1 GHz).
   if (tsc_khz != 0) builder.add(0x4000'0010, {tsc_khz, 1'000'000, 0, 0});
 }

@@ -75,6 +75,8 @@ enum Index : uint32_t {
   ia32_xss = 0xda0,
   kvm_wall_clock_new = 0x4b56'4d00,
   kvm_system_time_new = 0x4b56'4d01,
+  kvm_steal_time = 0x4b56'4d03,
+  kvm_pv_eoi = 0x4b56'4d04,
   ia32_efer = 0xc000'0080,
   ia32_star = 0xc000'0081,
   ia32_lstar = 0xc000'0082,
@@ -289,6 +291,8 @@ bool announced(const Cpu& cpu, uint32_t index) noexcept {
     case kvm_system_time_old: return (f.kvm_features & kvm_feature::clocksource) != 0;
     case kvm_wall_clock_new:
     case kvm_system_time_new: return (f.kvm_features & kvm_feature::clocksource2) != 0;
+    case kvm_steal_time: return (f.kvm_features & kvm_feature::steal_time) != 0;
+    case kvm_pv_eoi: return (f.kvm_features & kvm_feature::pv_eoi) != 0;
     default:
       if (f.amd_like) return !intel_only(index);
       return (index >> 16) != 0xc001;
@@ -324,6 +328,8 @@ bool read_other(Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case kvm_wall_clock_new: value = cpu.msr.kvm_wall_clock; return true;
     case kvm_system_time_old:
     case kvm_system_time_new: value = cpu.msr.kvm_system_time; return true;
+    case kvm_steal_time: value = cpu.msr.kvm_steal_time; return true;
+    case kvm_pv_eoi: value = cpu.msr.kvm_pv_eoi; return true;
     default: return constant(cpu, index, value);
   }
 }
@@ -412,6 +418,17 @@ bool write_other(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) 
     case kvm_wall_clock_new:
     case kvm_system_time_old:
     case kvm_system_time_new: return write_clock(cpu, index, value);
+    case kvm_steal_time:
+      if ((value & 0x3e) != 0) return false;
+      cpu.platform().paravirt_changing();
+      cpu.msr.kvm_steal_time = value;
+      cpu.platform().paravirt_changed();
+      return true;
+    case kvm_pv_eoi:
+      if ((value & 2) != 0) return false;
+      cpu.platform().paravirt_changing();
+      cpu.msr.kvm_pv_eoi = value;
+      return true;
     default: {
       uint64_t ignored = 0;
       if (index == ia32_mtrrcap || index == ia32_platform_id || index == ia32_perf_status)
@@ -475,6 +492,8 @@ constexpr std::array index_list = {
     uint32_t{ia32_tsc_deadline},
     uint32_t{kvm_wall_clock_new},
     uint32_t{kvm_system_time_new},
+    uint32_t{kvm_steal_time},
+    uint32_t{kvm_pv_eoi},
     uint32_t{ia32_arch_capabilities}};
 
 constexpr std::array feature_list = {uint32_t{ia32_bios_sign_id}, uint32_t{ia32_arch_capabilities},

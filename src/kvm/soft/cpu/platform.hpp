@@ -47,6 +47,9 @@ class Platform {
   virtual bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept = 0;
   // Held around locked accesses that are not one host instruction; one for the whole VM.
   virtual std::mutex& split_lock() noexcept = 0;
+  // MSR_KVM_STEAL_TIME or MSR_KVM_PV_EOI_EN is about to change, has changed.
+  virtual void paravirt_changing() noexcept {}
+  virtual void paravirt_changed() noexcept {}
   // VMCALL/VMMCALL. The result for RAX (negative KVM_E* error numbers).
   virtual uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept = 0;
 };

@@ -54,6 +54,8 @@ void reset_vector(VectorState& vector) noexcept {
 void reset_cpu(Cpu& cpu, bool init) noexcept {
   if (init) {
     reset_common(cpu, cpu.cr0 & (cr0::cd | cr0::nw));
+    // Whoever sends INIT may use the memory for something else (a kernel that was started by another one).
+    cpu.msr.kvm_system_time = cpu.msr.kvm_steal_time = cpu.msr.kvm_pv_eoi = 0;
   } else {
     reset_common(cpu, cr0::cd | cr0::nw);
     cpu.xcr0 = 1;

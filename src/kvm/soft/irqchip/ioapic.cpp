@@ -93,7 +93,7 @@ int Ioapic::set_irq(unsigned pin, unsigned source, bool level) noexcept {
 }
 
 void Ioapic::end_of_interrupt(uint8_t vector, bool broadcast) noexcept {
-  if ((vectors_[vector / 64].load(std::memory_order_relaxed) >> (vector % 64) & 1) == 0) return;
+  if (!handles_vector(vector)) return;
   uint32_t acked = 0;
   {
     const std::lock_guard lock(mutex_);

@@ -44,6 +44,10 @@ class Ioapic {
   // A LAPIC completed `vector`. `broadcast`: clears remote IRR (level triggered, no EOI suppression); else
   // only listeners hear of it.
   void end_of_interrupt(uint8_t vector, bool broadcast) noexcept;
+  // Whether an entry names `vector`; takes no lock.
+  bool handles_vector(uint8_t vector) const noexcept {
+    return (vectors_[vector / 64].load(std::memory_order_relaxed) >> (vector % 64) & 1) != 0;
+  }
 
   void reset() noexcept;
   kvm_ioapic_state state() noexcept;

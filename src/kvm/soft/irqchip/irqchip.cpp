@@ -5,6 +5,7 @@
 // LAPIC. No chip calls another one with a lock held, save the IOAPIC, which delivers to LAPICs.
 #include "kvm/soft/irqchip/irqchip.hpp"
 
+#include <algorithm>
 #include <cerrno>
 #include <utility>
 
@@ -162,6 +163,39 @@ void Irqchip::send_ipi(const ApicMessage& message, Lapic& source, Shorthand shor
     if (!lapic.present() || (&lapic == &source && shorthand == Shorthand::others)) continue;
     lapic.deliver(message);
   }
+}
+
+int Irqchip::send_ipis(std::span<const uint64_t> targets, uint64_t first, uint64_t icr) noexcept {
+  constexpr uint64_t logical = 0x800, shorthand = 0xc0000, level = 0x8000, assert = 0x4000;
+  if ((icr & (logical | shorthand)) != 0) return -EINVAL;
+  ApicMessage message;
+  message.vector = static_cast<uint8_t>(icr);
+  message.mode = static_cast<DeliveryMode>(icr >> 8 & 7);
+  // INIT level de-assert only synchronized arbitration IDs (SDM 11.6.1).
+  if (message.mode == DeliveryMode::init && (icr & (level | assert)) == level) return 0;
+  message.from_ipi = true;
+  int taken = 0;
+  for (const auto& target : lapics()) {
+    Lapic& lapic = *target.load(std::memory_order_relaxed);
+    const uint64_t bit = uint64_t{lapic.physical_id()} - first;
+    if (bit >= targets.size() * 64 || (targets[bit / 64] >> bit % 64 & 1) == 0) continue;
+    if (lapic.present() && lapic.deliver(message)) ++taken;
+  }
+  return taken;
+}
+
+void Irqchip::unhalt(uint32_t apic_id) noexcept {
+  for (const auto& target : lapics()) {
+    Lapic& lapic = *target.load(std::memory_order_relaxed);
+    if (lapic.present() && lapic.physical_id() == apic_id) lapic.unhalt();
+  }
+}
+
+bool Irqchip::has_lapic(uint32_t apic_id) const noexcept {
+  return std::ranges::any_of(lapics(), [&](const auto& target) {
+    const Lapic& lapic = *target.load(std::memory_order_relaxed);
+    return lapic.present() && lapic.physical_id() == apic_id;
+  });
 }
 
 bool Irqchip::end_of_interrupt(Lapic& /*source*/, uint8_t vector, bool broadcast) noexcept {

@@ -72,6 +72,14 @@ class Irqchip final : public ApicFabric,
   // this itself; see Lapic::take_eoi_exit().
   bool eoi_needs_exit(uint8_t vector) noexcept;
 
+  // --- Paravirtual requests of a vCPU ---
+  // Delivers the IPI `icr` to the physical IDs first + n for each bit n of `targets` (KVM_HC_SEND_IPI).
+  // Returns how many took it, or a negative errno.
+  int send_ipis(std::span<const uint64_t> targets, uint64_t first, uint64_t icr) noexcept;
+  // Ends the HLT of the vCPU with this physical ID (KVM_HC_KICK_CPU).
+  void unhalt(uint32_t apic_id) noexcept;
+  bool has_lapic(uint32_t apic_id) const noexcept;
+
   // --- State ---
   kvm_irqchip chip(uint32_t chip_id);          // KVM_GET_IRQCHIP: ENXIO, EINVAL
   void set_chip(const kvm_irqchip& chip);      // KVM_SET_IRQCHIP
@@ -82,6 +90,9 @@ class Irqchip final : public ApicFabric,
   void send_ipi(const ApicMessage& message) noexcept override;
   void send_ipi(const ApicMessage& message, Lapic& source, Shorthand shorthand) noexcept override;
   bool end_of_interrupt(Lapic& source, uint8_t vector, bool broadcast) noexcept override;
+  bool watches_eoi(uint8_t vector) const noexcept override {
+    return mode() == Mode::full && ioapic_->handles_vector(vector);
+  }
   bool extint_asserted() const noexcept override { return mode() == Mode::full && pic_->output(); }
   int extint_peek() noexcept override { return mode() == Mode::full ? pic_->peek() : -1; }
   int extint_acknowledge() noexcept override { return mode() == Mode::full ? pic_->acknowledge() : -1; }

@@ -15,6 +15,9 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <numeric>
+#include <span>
+#include <utility>
 
 #include "kvm/soft/irqchip/lapic_registers.hpp"
 
@@ -123,9 +126,11 @@ void Lapic::update() noexcept {
       ((lint0 & lvt_masked) == 0 && static_cast<DeliveryMode>((lint0 >> 8) & 7) == DeliveryMode::extint);
   accepts_extint_.store(extint, std::memory_order_relaxed);
   int vector = hardware_enabled ? highest(regs_, reg_irr) : -1;
+  const bool settle = eoi_deferred_ && vector >= 0;
   if (vector >= 0 && (static_cast<uint32_t>(vector) & 0xf0) <= (ppr() & 0xf0)) vector = -1;
   own_vector_.store(vector, std::memory_order_release);
-  if (port_ != nullptr && (vector >= 0 || (extint && fabric_.extint_asserted()))) port_->interrupt_changed();
+  if (port_ != nullptr && (vector >= 0 || settle || (extint && fabric_.extint_asserted())))
+    port_->interrupt_changed();
 }
 
 bool Lapic::matches(const ApicMessage& message, bool broadcast_quirk) const noexcept {
@@ -211,6 +216,11 @@ bool Lapic::deliver(const ApicMessage& message) noexcept {
   }
 }
 
+void Lapic::unhalt() noexcept {
+  const std::lock_guard lock(mutex_);
+  if (port_ != nullptr) port_->unhalt();
+}
+
 void Lapic::local_interrupt(Local source) noexcept {
   const std::lock_guard lock(mutex_);
   const auto reg = static_cast<unsigned>(source);
@@ -294,6 +304,32 @@ void Lapic::end_of_interrupt(Effects& effects) noexcept {
   effects.eoi = vector;
   effects.broadcast =
       test(regs_, reg_tmr, static_cast<unsigned>(vector)) && (regs_[reg_svr] & svr_no_broadcast) == 0;
+}
+
+bool Lapic::defer_eoi() noexcept {
+  const std::lock_guard lock(mutex_);
+  const int vector = highest(regs_, reg_isr);
+  if (vector < 0 || highest(regs_, reg_irr) >= 0) return false;
+  const auto in_service = std::span(regs_).subspan(reg_isr, 8);
+  const auto bits = [](int sum, uint32_t word) { return sum + std::popcount(word); };
+  if (std::accumulate(in_service.begin(), in_service.end(), 0, bits) != 1) return false;
+  // A level must be re-evaluated when it ends, and listeners want to know when.
+  if (test(regs_, reg_tmr, static_cast<unsigned>(vector)) ||
+      fabric_.watches_eoi(static_cast<uint8_t>(vector)))
+    return false;
+  eoi_deferred_ = true;
+  return true;
+}
+
+void Lapic::settle_eoi(bool completed) noexcept {
+  Effects effects;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!std::exchange(eoi_deferred_, false) || !completed) return;
+    end_of_interrupt(effects);
+    update();
+  }
+  finish(effects);
 }
 
 // --- Registers ---

@@ -33,6 +33,8 @@ class ApicFabric {
   // only listeners learn of it, not the IOAPIC's remote IRR. True: the VMM's IOAPIC must be told (split
   // irqchip).
   virtual bool end_of_interrupt(Lapic& source, uint8_t vector, bool broadcast) noexcept = 0;
+  // Whether somebody waits for the completion of `vector`, so that it must be told at once. Takes no lock.
+  virtual bool watches_eoi(uint8_t vector) const noexcept = 0;
   // The 8259 pair: its INTR output, the vector it would give now, and the INTA cycle (-1 without one).
   virtual bool extint_asserted() const noexcept = 0;
   virtual int extint_peek() noexcept = 0;
@@ -99,6 +101,12 @@ class Lapic {
   int pending_vector() noexcept;
   // Takes it: INTA at the 8259, or IRR to ISR. -1 when it has gone meanwhile.
   int acknowledge() noexcept;
+  // Paravirtual EOI (MSR_KVM_PV_EOI_EN), for the vCPU's thread. defer_eoi(): true when the guest may complete
+  // the one interrupt in service without telling, because nothing waits for its completion. Until
+  // settle_eoi(), which says whether the guest has done so, every further interrupt calls
+  // interrupt_changed(), whatever its priority.
+  bool defer_eoi() noexcept;
+  void settle_eoi(bool completed) noexcept;
   // Split irqchip: the VMM's 8259 (KVM_INTERRUPT). False: one is pending already (EEXIST).
   bool inject_extint(uint8_t vector) noexcept;
   // LINT0 is open for the 8259 (or the LAPIC is off, when INTR goes straight to the CPU). For
@@ -130,6 +138,9 @@ class Lapic {
   // SVR bit 8: takes fixed interrupts.
   bool software_enabled() const noexcept { return enabled_.load(std::memory_order_relaxed); }
   bool matches(const ApicMessage& message, bool broadcast_quirk) const noexcept;
+  // The physical destination that addresses it in its present mode.
+  uint32_t physical_id() const noexcept { return x2apic() ? id_ : xapic_id_.load(std::memory_order_relaxed); }
+  void unhalt() noexcept;
   // True: taken (also when the vector is pending already). False: refused, as by a LAPIC that software has
   // disabled.
   bool deliver(const ApicMessage& message) noexcept;
@@ -184,6 +195,7 @@ class Lapic {
   VcpuPort* port_;  // null once detached
   Registers regs_{};
   uint32_t error_pending_ = 0;  // becomes visible by a write of ESR
+  bool eoi_deferred_ = false;   // see defer_eoi()
   bool x2apic_offered_ = true;
   uint64_t base_reserved_;
 

@@ -32,6 +32,7 @@ void Lapic::reset_registers() noexcept {
   stop_timer();
   regs_.fill(0);
   error_pending_ = 0;
+  eoi_deferred_ = false;
   regs_[reg_id] = id_ << 24;
   regs_[reg_dfr] = 0xffffffff;
   regs_[reg_svr] = 0xff;

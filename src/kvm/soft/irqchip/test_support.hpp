@@ -32,13 +32,14 @@ class FakePort final : public VcpuPort {
   void smi() noexcept override { ++smis; }
   void init() noexcept override { ++inits; }
   void sipi(uint8_t vector) noexcept override { sipi_vector = vector; }
+  void unhalt() noexcept override { ++unhalts; }
   uint64_t guest_tsc() const noexcept override { return (clock_.now() - start_) * 2 + tsc_offset; }
   uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept override {
     const uint64_t target = guest_tsc - tsc_offset;
     return start_ + (target + 1) / 2;
   }
 
-  std::atomic<int> changes{0}, nmis{0}, smis{0}, inits{0}, sipi_vector{-1};
+  std::atomic<int> changes{0}, nmis{0}, smis{0}, inits{0}, unhalts{0}, sipi_vector{-1};
   std::atomic<uint64_t> tsc_offset{0};
 
  private:

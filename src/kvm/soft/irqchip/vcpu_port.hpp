@@ -21,6 +21,8 @@ class VcpuPort {
   virtual void init() noexcept = 0;
   // Start-up IPI: real-mode start at vector << 12, if the vCPU waits for it.
   virtual void sipi(uint8_t vector) noexcept = 0;
+  // Ends a HLT, the present or the next one, whether interrupts are enabled or not (KVM_HC_KICK_CPU).
+  virtual void unhalt() noexcept = 0;
 
   // The guest's TSC now, and the Clock::now() at which it reaches `guest_tsc` (0 when that lies in the past).
   virtual uint64_t guest_tsc() const noexcept = 0;
