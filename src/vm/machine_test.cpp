@@ -1,0 +1,113 @@
+// The whole machine's registers from several threads at once, as the vCPUs of a guest and the user would: for
+// the thread sanitizer, which sees a chip that forgets its lock or takes locks in another order than its
+// neighbour.
+#include "vm/machine.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <barrier>
+#include <cstdio>
+#include <random>
+#include <thread>
+
+#include "kvm/soft/soft.hpp"
+#include "machine/boot/test_kernels.hpp"
+#include "machine/layout.hpp"
+
+namespace lodge::vm {
+namespace {
+
+namespace kernels = machine::boot::test_kernels;
+
+class CountingPower final : public machine::Power {
+ public:
+  void request(machine::PowerRequest) noexcept override { ++requests; }
+  void exit_with(int) noexcept override { ++requests; }
+  std::atomic<unsigned> requests = 0;
+};
+
+struct Window {
+  machine::Bus* bus;
+  uint64_t base, size;
+  unsigned widest;
+};
+
+// What is registered on the bus, by its own description: a chip that is added is tested as well.
+void add_windows(std::vector<Window>& windows, machine::Bus& bus, unsigned widest) {
+  for (const std::string& line : bus.describe()) {
+    unsigned long long first = 0, last = 0;
+    ASSERT_EQ(std::sscanf(line.c_str(), "%llx-%llx", &first, &last), 2) << line;
+    windows.push_back({&bus, first, last - first + 1, widest});
+  }
+}
+
+// The registers that the threads meet in at this step: eight bytes of the window.
+uint64_t meeting_point(const Window& window, unsigned step) {
+  constexpr uint64_t busy_part = 0x200;  // of the HPET and of a PCI function: further on there is nothing
+  return std::mt19937(step)() % std::min(window.size, busy_part) & ~uint64_t{7};
+}
+
+void access_near(const Window& window, uint64_t begin, std::mt19937& random) {
+  const unsigned width = std::min(1u << random() % 4, window.widest);
+  uint64_t offset = begin + random() % std::min<uint64_t>(window.size - begin, 8);
+  if (random() % 4 != 0) offset &= ~uint64_t{width - 1};  // many registers answer only so
+  if (random() % 2 == 0)
+    window.bus->read(window.base + offset, width);
+  else
+    window.bus->write(window.base + offset, width, uint64_t{random()} << 32 | random());
+}
+
+TEST(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
+  constexpr unsigned threads = 3, rounds = 50, accesses = 20;
+  constexpr uint64_t kernel_at = 1 << 20;
+  const kernels::TemporaryFile kernel(
+      kernels::elf64({.paddr = kernel_at, .vaddr = kernel_at, .entry = kernel_at}));
+  VmConfig config{.kernel = kernel.path, .cpus = 2, .memory = 16 << 20, .cpu = "host"};
+  config.serial.assign(4, {SerialConfig::Kind::null, {}});
+  config.devices = {
+      {"debugcon", {{"output", "null"}}}, {"isa-debug-exit", {}}, {"pvpanic", {}}, {"pc-testdev", {}}};
+
+  const auto system = kvm::soft::open();
+  Backends backends(config.serial, {});
+  RealClock clock;
+  CountingPower power;
+  Machine machine(config, *system, clock, backends, power);
+  std::vector<Window> windows;
+  add_windows(windows, machine.ports(), 4);
+  add_windows(windows, machine.mmio(), 8);
+  ASSERT_GE(windows.size(), 15u);
+
+  {
+    // All threads in the same few registers for a short time, then in the next ones: the locks of other chips
+    // would order their accesses, and a thread that runs alone races with nobody.
+    const auto steps = rounds * static_cast<unsigned>(windows.size());
+    std::barrier<> next_step(threads);
+    std::vector<std::jthread> running;
+    for (unsigned seed = 0; seed < threads; ++seed)
+      running.emplace_back([&, seed] {
+        std::mt19937 random(seed);
+        for (unsigned step = 0; step < steps; ++step) {
+          const Window& window = windows[step % windows.size()];
+          const uint64_t begin = meeting_point(window, step);
+          next_step.arrive_and_wait();
+          for (unsigned n = 0; n < accesses; ++n) access_near(window, begin, random);
+        }
+      });
+    running.emplace_back([&] {
+      for (unsigned i = 0; i < rounds; ++i) {
+        machine.press_power_button();
+        backends.serial(i % 4).receive_ready();
+        std::this_thread::yield();
+      }
+    });
+  }
+  EXPECT_GT(power.requests, 0u);
+  // The chips still work: the scratch register of a serial port keeps what is written.
+  machine.ports().write(machine::layout::serial_ports[0] + 7, 1, 0x5a);
+  EXPECT_EQ(machine.ports().read(machine::layout::serial_ports[0] + 7, 1), 0x5au);
+}
+
+}  // namespace
+}  // namespace lodge::vm
