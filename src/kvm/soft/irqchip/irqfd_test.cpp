@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 
-#include <thread>
 #include <vector>
 
 #include "kvm/soft/irqchip/irqchip.hpp"
@@ -148,59 +147,6 @@ TEST_F(Irqfd, DeassigningTheLastResamplingIrqfdLowersTheLine) {
   ASSERT_EQ(set(event, 10, off), 0);
   lapic->mmio_write(0xb0, 0);
   EXPECT_EQ(lapic->acknowledge(), -1);
-}
-
-// All ways into a LAPIC at once, for the thread sanitizer. The periodic timers bring each vCPU to its last
-// round even if an irqfd is de-assigned before its signal was seen.
-TEST(IrqchipThreads, ConcurrentSourcesReachTwoVcpus) {
-  constexpr int rounds = 300;
-  RealClock clock;
-  FakePort port0{clock}, port1{clock};
-  Irqchip chip(clock);
-  chip.create_full();
-  chip.create_pit({});
-  Lapic* lapics[] = {&chip.add_vcpu(0, port0), &chip.add_vcpu(1, port1)};
-  std::atomic<int> taken[2] = {0, 0};
-  const std::vector<kvm_irq_routing_entry> routes{msi_route(24, 0x61),
-                                                  chip_route(10, KVM_IRQCHIP_IOAPIC, 10)};
-  chip.set_gsi_routing(routes);
-  for (auto* lapic : lapics) {
-    lapic->mmio_write(0xf0, 0x1ff);
-    lapic->mmio_write(0x320, 0x20041);
-    lapic->mmio_write(0x380, 100'000);
-  }
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 2; ++i) {
-    threads.emplace_back([&, i] {
-      FakePort& port = i == 0 ? port0 : port1;
-      while (taken[i] < rounds) {
-        ASSERT_TRUE(port.wait());
-        while (lapics[i]->acknowledge() >= 0) {
-          ++taken[i];
-          lapics[i]->mmio_write(0xb0, 0);
-          lapics[i]->mmio_write(0x310, i == 0 ? 1u << 24 : 0);
-          lapics[i]->mmio_write(0x300, 0x4071);
-        }
-      }
-    });
-  }
-  threads.emplace_back([&] {
-    Fd event = Fd::event();
-    kvm_irqfd request{};
-    request.fd = static_cast<uint32_t>(event.get());
-    request.gsi = 24;
-    for (int i = 0; i < rounds; ++i) {
-      request.flags = 0;
-      chip.irqfd(request);
-      signal_event(event.get());
-      chip.irq_line(10, (i & 1) != 0);
-      request.flags = KVM_IRQFD_FLAG_DEASSIGN;
-      chip.irqfd(request);
-      chip.set_gsi_routing(routes);
-    }
-  });
-  for (auto& thread : threads) thread.join();
-  for (auto* lapic : lapics) chip.remove_vcpu(*lapic);
 }
 
 }  // namespace
