@@ -187,7 +187,7 @@ Step xlat(Cpu& cpu, const Op& op) noexcept {
 // CBW, CWDE, CDQE.
 Step widen_accumulator(Cpu& cpu, const Op& op) noexcept {
   switch (op.size) {
-    case 2: cpu.reg<uint16_t>(0) = static_cast<uint16_t>(static_cast<int8_t>(cpu.gpr[rax])); break;
+    case 2: cpu.reg<uint16_t>(0) = static_cast<uint16_t>(int16_t{static_cast<int8_t>(cpu.gpr[rax])}); break;
     case 4: put<uint32_t>(cpu, 0, static_cast<uint32_t>(static_cast<int16_t>(cpu.gpr[rax]))); break;
     default: cpu.gpr[rax] = static_cast<uint64_t>(int64_t{static_cast<int32_t>(cpu.gpr[rax])}); break;
   }
