@@ -11,13 +11,15 @@ import sys
 import time
 
 from . import guest, report
-from .groups import Group, all_groups
+from .catalog import FLOAT, INTEGER, SYSTEM, X87, all_groups
+from .groups import Group
 from .guest import Guests, MachineFailed
 from .lab import Lab, Unavailable
 from .plan import Round
 from .results import Results
 
 TOP = pathlib.Path(__file__).resolve().parents[3]
+GUESTS = TOP / ".cache/guests"
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -25,7 +27,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="bench/compare/run", description="Lodge's soft accelerator beside QEMU's TCG and the bare machine, in turn."
     )
     parser.add_argument("--rounds", type=int, help="runs of each side (default 3; with --quick 1)")
-    parser.add_argument("--only", metavar="GROUP[,GROUP]", help="integer, float, x87, system, boot (default: all)")
+    parser.add_argument("--only", metavar="GROUP[,GROUP]", help="integer, float, x87, tools, system, boot, smp, memory (default: all)")
     parser.add_argument("--lodge", type=pathlib.Path, default=TOP / "build/lodge", metavar="PATH")
     parser.add_argument("--engine", metavar="E", help="passed on to `lodge run`")
     parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PATH")
@@ -48,6 +50,15 @@ def fail(message: str) -> None:
     sys.exit(f"bench/compare: {message}")
 
 
+def check_iterations(given: dict[str, int]) -> None:
+    known = {*INTEGER, *FLOAT, *X87, *SYSTEM, "compile"}
+    for name, count in given.items():
+        if name not in known:
+            fail(f"unknown program '{name}' (known: {' '.join(sorted(known))})")
+        if count < 1:
+            fail(f"{name}: at least one iteration is needed")
+
+
 def choose(groups: list[Group], only: str | None) -> list[Group]:
     if only is None:
         return groups
@@ -66,7 +77,7 @@ def program(name: str | pathlib.Path, advice: str) -> pathlib.Path:
 
 
 def make_lab(options: argparse.Namespace) -> Lab:
-    cloud = TOP / ".cache/guests/cloud"
+    cloud = GUESTS / "cloud"
     for path in (cloud / "vmlinuz", cloud / "initramfs"):
         if not path.exists():
             fail(f"{path} is missing; run scripts/fetch-guests cloud")
@@ -76,7 +87,7 @@ def make_lab(options: argparse.Namespace) -> Lab:
     }
     here = pathlib.Path(__file__).resolve().parents[1]
     guests = Guests(cloud / "vmlinuz", program("busybox", "run scripts/setup"), here / "guest-init")
-    return Lab(vmms, guests, TOP / "build/bench/compare/programs", TOP / ".cache/compare",
+    return Lab(vmms, guests, TOP / "build/bench/compare/programs",
                0.1 if options.quick else 1, options.iterations)  # fmt: skip
 
 
@@ -114,8 +125,9 @@ def host() -> dict[str, object]:
 
 def main() -> int:
     options = parse_arguments(sys.argv[1:])
+    check_iterations(options.iterations)
     lab = make_lab(options)
-    groups = choose(all_groups(TOP / ".cache/guests/cloud/initramfs"), options.only)
+    groups = choose(all_groups(GUESTS / "cloud/initramfs", GUESTS / "tools"), options.only)
     about = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": host(),

@@ -95,11 +95,6 @@ class Console:
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
-    @property
-    def partial(self) -> str:
-        """What came after the last line, for example a prompt."""
-        return self._partial.decode(errors="replace")
-
     def _pump(self, limit: float) -> None:
         """Takes what the process writes within `limit` seconds."""
         if self._ended or not self._selector.select(max(limit, 0)):
@@ -142,6 +137,14 @@ class Console:
             if line.text.startswith(text):
                 return line
 
+    def prompt(self, text: str, limit: float) -> None:
+        """Waits for a line that begins with `text` and has no end yet."""
+        end = time.monotonic() + limit
+        while not self._partial.startswith(text.encode()):
+            if self._ended or time.monotonic() >= end:
+                raise MachineFailed(self._report("no prompt"))
+            self._pump(end - time.monotonic())
+
     def finish(self, limit: float) -> float:
         """The seconds from the start to the process's end by itself. Raises MachineFailed when that was not a success."""
         self.settle(limit)
@@ -168,7 +171,7 @@ class Console:
             ended = f" (signal {signal.Signals(-code).name})"
         else:
             ended = f" (status {code})"
-        tail = "\n".join([*self._seen[-8:], self.partial]).strip()
+        tail = "\n".join([*self._seen[-8:], self._partial.decode(errors="replace")]).strip()
         return f"{what}{ended}" + "".join(f"\n    {line}" for line in (tail + "\n" + errors).strip().splitlines())
 
 

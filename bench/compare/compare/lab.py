@@ -23,7 +23,6 @@ class Lab:
     vmms: dict[str, Vmm]
     guests: Guests
     programs: pathlib.Path  # the built ones of bench/compare/programs
-    cache: pathlib.Path
     scale: float = 1  # of all amounts of work
     iterations: dict[str, int] = dataclasses.field(default_factory=dict)  # by program, instead of the default
 

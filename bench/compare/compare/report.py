@@ -21,12 +21,16 @@ def _ratio(ratio: Ratio | None) -> str:
 def rows(group: Group, results: Results) -> list[list[str]]:
     """Header and lines."""
     native = "native" in group.sides
-    table = [[group.name, *(TITLES[side] for side in group.sides), "faster than TCG"] + ["slower than native"] * native]
+    table = [[group.name, *(TITLES[side] for side in group.sides), f"{group.better} than TCG"]]
+    if native:
+        table[0].append("slower than native")
     for workload, unit in group.workloads.items():
         table.append([workload, *(_cell(results.figures(workload, side), unit) for side in group.sides),
                       _ratio(results.ratio(workload, "qemu", "lodge"))])  # fmt: skip
         if native:
             table[-1].append(_ratio(results.ratio(workload, "lodge", "native")))
+    for name, ratios in group.derived(results).items():
+        table.append([name, *(_ratio(ratios.get(side)) for side in group.sides), ""] + [""] * native)
     if group.mean:
         table.append(["geomean", *("" for _ in group.sides), _ratio(results.mean_ratio(group.workloads, "qemu", "lodge"))])
         if native:
@@ -81,6 +85,10 @@ def _workload_json(group: Group, results: Results, workload: str, unit: Unit) ->
 def json(group: Group, results: Results) -> Json:
     out: Json = {
         "workloads": {name: _workload_json(group, results, name, unit) for name, unit in group.workloads.items()},
+        "derived": {
+            name: {side: _ratio_json(ratio) for side, ratio in ratios.items()}
+            for name, ratios in group.derived(results).items()
+        },
         "requirements": [
             {"text": wanted.text, "value": wanted.value, "relation": wanted.relation, "bound": wanted.bound,
              "met": wanted.met}

@@ -6,7 +6,7 @@ import pathlib
 import subprocess
 import unittest
 
-from compare.groups import FLOAT, INTEGER, SYSTEM, X87
+from compare.catalog import FLOAT, INTEGER, SYSTEM, X87
 from compare.samples import parse_program
 
 PROGRAMS = os.environ.get("COMPARE_PROGRAMS", "")
