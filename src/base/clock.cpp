@@ -45,7 +45,9 @@ class RealClock::RealTimer final : public Timer {
   }
   void cancel() noexcept override {
     const std::lock_guard lock(clock_.mutex_);
+    const bool was_next = entry_->queued && entry_->deadline == clock_.programmed_;
     unqueue();
+    if (was_next) clock_.program_next();
   }
 
  private:
@@ -63,7 +65,8 @@ class RealClock::RealTimer final : public Timer {
   std::shared_ptr<Entry> entry_;
 };
 
-RealClock::RealClock() : timer_(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC)), wake_(Fd::event()) {
+RealClock::RealClock()
+    : timer_(::timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)), wake_(Fd::event()) {
   if (!timer_) throw_errno("cannot create a timer descriptor");
   thread_ = std::thread([this] { loop(); });
 }
@@ -98,6 +101,15 @@ void RealClock::program(uint64_t deadline) noexcept {
   ::timerfd_settime(timer_.get(), TFD_TIMER_ABSTIME, &spec, nullptr);
 }
 
+// The thread sleeps as long as nothing is due, so timers that are cancelled before they expire cost it
+// nothing.
+void RealClock::program_next() noexcept {
+  if (!queue_.empty()) return program(queue_.begin()->first);
+  programmed_ = 0;
+  const itimerspec never{};
+  ::timerfd_settime(timer_.get(), 0, &never, nullptr);
+}
+
 void RealClock::loop() noexcept {
   std::unique_lock lock(mutex_);
   while (!stop_) {
@@ -120,8 +132,7 @@ void RealClock::loop() noexcept {
       running_ = nullptr;
       idle_.notify_all();
     }
-    programmed_ = 0;
-    if (!queue_.empty()) program(queue_.begin()->first);
+    program_next();
   }
 }
 

@@ -52,6 +52,7 @@ class RealClock final : public Clock {
   class RealTimer;
   void loop() noexcept;
   void program(uint64_t deadline) noexcept;
+  void program_next() noexcept;
 
   std::mutex mutex_;
   std::condition_variable idle_;                           // signalled when a callback has finished

@@ -53,6 +53,23 @@ TEST(RealClock, FiresAfterItsDeadlineAndNotAfterDestruction) {
   EXPECT_EQ(fired.load(), 0u);
 }
 
+TEST(RealClock, ALaterTimerFiresAfterAnEarlierOneWasCancelled) {
+  RealClock clock;
+  std::atomic<bool> fired{false};
+  auto a = clock.make_timer([] { FAIL() << "was cancelled"; });
+  auto b = clock.make_timer([&] { fired = true; });
+  b->arm(clock.now() + 5'000'000);
+  a->arm(clock.now() + 2'000'000);
+  a->cancel();
+  while (!fired) std::this_thread::yield();
+  // Nothing is armed now, and then something is.
+  b->arm(clock.now() + 60'000'000'000);
+  b->cancel();
+  fired = false;
+  b->arm(clock.now() + 1'000'000);
+  while (!fired) std::this_thread::yield();
+}
+
 TEST(RealClock, AnEarlierTimerOvertakesALaterOne) {
   RealClock clock;
   std::atomic<bool> late{false};
