@@ -18,9 +18,6 @@ namespace {
 constexpr size_t run_size = 3 * page_size;  // kvm_run, port data, (unused) coalesced ring
 constexpr uint32_t internal_delivery_event = 3;
 
-void futex_wait(std::atomic<uint32_t>& word, uint32_t value) noexcept {
-  ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
-}
 void futex_wake(std::atomic<uint32_t>& word) noexcept {
   ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
 }
@@ -36,6 +33,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       cpu_(*this, id),
       jumps_(std::make_unique<std::array<Block::Link, jump_entries>>()),
       map_(vm.memory()),
+      timer_(std::make_shared<VcpuTimer>(vm.timers(), vm.tsc_khz(), [this] { post(request::timer); })),
       mp_state_(KVM_MP_STATE_RUNNABLE),
       tsc_khz_(vm.tsc_khz()) {
   tsc_offset_ = -__builtin_ia32_rdtsc();
@@ -51,6 +49,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
 SoftVcpu::~SoftVcpu() {
   vm_.remove_vcpu(*this);
   if (lapic_ != nullptr) vm_.interrupts().remove_vcpu(*lapic_);
+  timer_->detach();
 }
 
 // --- requests of other threads
@@ -167,7 +166,8 @@ int SoftVcpu::loop() noexcept {
   if (cpu_.pending.valid && !alone_next_)
     if (const Outcome outcome = deliver(deliver_exception(cpu_)); outcome.leave) return outcome.status;
   for (;;) {
-    recheck_ = interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0;
+    recheck_ = interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0 ||
+               timer_->near();
     if (cpu_.request.load(std::memory_order_relaxed) != 0 || recheck_) {
       if (const Outcome outcome = service(); outcome.leave) return outcome.status;
     }
@@ -183,7 +183,12 @@ int SoftVcpu::loop() noexcept {
 }
 
 Outcome SoftVcpu::service() noexcept {
+  if (timer_->near()) timer_->expire_if_due();  // which requests an interrupt
   const uint32_t bits = cpu_.request.exchange(0);
+  if ((bits & request::timer) != 0) {
+    timer_->approach();
+    recheck_ = recheck_ || timer_->near();
+  }
   if ((bits & request::memory) != 0) acknowledge_memory();
   settle_pv_eoi();
   if ((bits & (request::init | request::sipi)) != 0)
@@ -253,6 +258,7 @@ void SoftVcpu::end_halt() noexcept {
 // Whether something ends the halt now.
 bool SoftVcpu::wakes() noexcept {
   if (cpu_.request.load() != 0) return true;
+  if (timer_->near()) return true;
   if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return false;
   if (nmi_pending_ && !cpu_.nmi_blocked) return true;
   return interrupt_waiting_ && interrupts_open() && lapic_ != nullptr && lapic_->pending_vector() >= 0;
@@ -270,7 +276,7 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
   }
   leave_guest();
   sleeping_.store(true);
-  if (cpu_.request.load() == 0) futex_wait(cpu_.request, 0);
+  if (cpu_.request.load() == 0) timer_->wait(cpu_.request);
   sleeping_.store(false);
   enter_guest();
   // A signal, for a VMM that kicks by signals.

@@ -16,6 +16,7 @@
 #include "kvm/soft/interpret/block.hpp"
 #include "kvm/soft/irqchip/vcpu_port.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
+#include "kvm/soft/vcpu_timer.hpp"
 
 namespace lodge::kvm::soft {
 
@@ -125,6 +126,9 @@ class SoftVcpu final : public Vcpu, private Platform {
       vcpu_.post(request::sipi);
     }
     void unhalt() noexcept override { vcpu_.post(request::unhalt); }
+    std::unique_ptr<Timer> make_timer(Clock&, std::function<void()> expired) override {
+      return VcpuTimer::make_timer(vcpu_.timer_, std::move(expired));
+    }
     uint64_t guest_tsc() const noexcept override { return vcpu_.guest_tsc(); }
     uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept override {
       return vcpu_.tsc_to_clock(guest_tsc);
@@ -202,6 +206,7 @@ class SoftVcpu final : public Vcpu, private Platform {
   std::atomic<bool> sleeping_{false};
 
   StealTime steal_{cpu_};
+  const std::shared_ptr<VcpuTimer> timer_;  // the LAPIC may outlive the vCPU
 
   // Events.
   bool recheck_ = false;  // some event below waits until the guest can take it

@@ -66,6 +66,7 @@ inline constexpr uint32_t kick = 0x20;  // leave run() with -EINTR
 inline constexpr uint32_t memory =
     0x40;  // the slot table changed or a page became code: flush and acknowledge
 inline constexpr uint32_t clock = 0x80;    // update the kvmclock page
+inline constexpr uint32_t timer = 0x200;   // the LAPIC timer's deadline is near
 inline constexpr uint32_t unhalt = 0x100;  // end the HLT (KVM_HC_KICK_CPU)
 }  // namespace request
 

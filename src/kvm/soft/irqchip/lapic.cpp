@@ -79,7 +79,7 @@ struct Lapic::Effects {
 Lapic::Lapic(uint32_t id, VcpuPort& port, ApicFabric& fabric, Clock& clock, Options options)
     : id_(id), options_(options), fabric_(fabric), clock_(clock), port_(&port), base_(0) {
   set_cpuid(true, 52);
-  timer_ = clock_.make_timer([this] { timer_expired(); });
+  timer_ = port.make_timer(clock_, [this] { timer_expired(); });
   reset();
 }
 

@@ -184,7 +184,7 @@ class Lapic {
   void start_deadline() noexcept;
   void stop_timer() noexcept;
   void timer_expired() noexcept;
-  void check_timer() noexcept;
+  bool check_timer() noexcept;  // true: it was due
 
   const uint32_t id_;
   const Options options_;

@@ -63,6 +63,7 @@ void Lapic::init_reset() noexcept {
 
 kvm_lapic_state Lapic::state(bool x2apic_ids) noexcept {
   const std::lock_guard lock(mutex_);
+  check_timer();  // the timer of a vCPU that does not run may be due
   kvm_lapic_state page{};
   for (unsigned reg = 0; reg < regs_.size(); ++reg) {
     uint32_t value = reg_readable(reg, false) ? read_register(reg) : 0;

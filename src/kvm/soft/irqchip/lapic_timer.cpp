@@ -72,9 +72,15 @@ void Lapic::stop_timer() noexcept {
 }
 
 // Fires if due. A callback may come late for a timer that was stopped or armed anew: then nothing is due.
-void Lapic::check_timer() noexcept {
+bool Lapic::check_timer() noexcept {
+  if (deadline_ == 0) return false;
   const uint64_t now = clock_.now();
-  if (deadline_ == 0 || now < deadline_) return;
+  if (timer_mode() == tsc_deadline_mode && port_ != nullptr) {
+    // The TSC decides: the clock may run at a slightly different speed.
+    if (port_->guest_tsc() < tsc_deadline_) return false;
+  } else if (now < deadline_) {
+    return false;
+  }
   if (period_ != 0) {
     deadline_ += ((now - deadline_) / period_ + 1) * period_;
     timer_->arm(deadline_);
@@ -84,11 +90,17 @@ void Lapic::check_timer() noexcept {
   }
   fire_lvt(reg_lvt_timer);
   update();
+  return true;
 }
 
 void Lapic::timer_expired() noexcept {
   const std::lock_guard lock(mutex_);
-  check_timer();
+  if (check_timer() || deadline_ == 0) return;
+  // Too early.
+  if (timer_mode() == tsc_deadline_mode)
+    start_deadline();
+  else
+    timer_->arm(deadline_);
 }
 
 uint64_t Lapic::tsc_deadline() noexcept {

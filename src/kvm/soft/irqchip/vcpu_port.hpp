@@ -2,6 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <memory>
+#include <utility>
+
+#include "base/clock.hpp"
 
 namespace lodge::kvm::soft {
 
@@ -27,6 +32,10 @@ class VcpuPort {
   // The guest's TSC now, and the Clock::now() at which it reaches `guest_tsc` (0 when that lies in the past).
   virtual uint64_t guest_tsc() const noexcept = 0;
   virtual uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept = 0;
+  // The timer of the LAPIC: by default the clock's.
+  virtual std::unique_ptr<Timer> make_timer(Clock& clock, std::function<void()> expired) {
+    return clock.make_timer(std::move(expired));
+  }
 };
 
 }  // namespace lodge::kvm::soft

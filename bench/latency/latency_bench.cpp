@@ -1,0 +1,143 @@
+// How late a guest's timer interrupt comes: from the expiry of the LAPIC timer (TSC deadline) to the first
+// instruction of the guest's handler, on the guest's own TSC.
+//
+// The guest is bare metal: it asks for an interrupt 0.5 to 1.5 ms ahead, then computes or halts. The
+// handler's first instruction is RDTSC; what it reads less the deadline is one sample. Nothing else is in the
+// way: no exit to the VMM happens between two samples.
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <ctime>
+#include <fstream>
+#include <string>
+#include <vector>
+
+#include "../../tests/contract/harness.hpp"
+
+namespace lodge::contract {
+namespace {
+
+constexpr uint64_t samples_gpa = 0x100000, handler_gpa = 0x48000, parameters_gpa = 0x40000;
+constexpr unsigned vector = 0x40;
+
+// In: [0x40000] the number of samples, [0x40008] half a period in TSC ticks. A new deadline is RDTSC + period
+// / 2
+// + random part of the period; R9 keeps it, RDI points to the next sample, R10 counts.
+#define SETUP                                                                                                \
+  "mov $0xfee00000, %ebp; movl $0x1ff, 0xf0(%rbp); movl $0x40040, 0x320(%rbp); mfence; mov $0x100000, %edi;" \
+  "xor %r10d, %r10d; mov $0x12345678, %r12d; 1:"                                                             \
+  "imul $1664525, %r12d, %r12d; add $1013904223, %r12d; mov %r12d, %eax; mov 0x40008, %rcx; shl $1, %rcx;"   \
+  "mul %rcx; shr $32, %rax; shl $32, %rdx; or %rdx, %rax; mov %rax, %r9; add 0x40008, %r9;"                  \
+  "rdtsc; shl $32, %rdx; or %rdx, %rax; add %rax, %r9; mov %r9, %rax; mov %r9, %rdx; shr $32, %rdx;"         \
+  "mov $0x6e0, %ecx; mov %r10, %r11; wrmsr;"
+#define AGAIN "cli; cmp 0x40000, %r10; jb 1b; out %al, $0xe0"
+
+GUEST_CODE(busy, 64,
+           SETUP "sti; 2: incq 0x40018; add $3, %rbx; xor %rbx, %rcx; cmp %r10, %r11; je 2b;" AGAIN);
+GUEST_CODE(halted, 64, SETUP "sti; hlt;" AGAIN);
+GUEST_CODE(handler, 64,
+           "rdtsc; shl $32, %rdx; or %rdx, %rax; sub %r9, %rax; mov %rax, (%rdi); add $8, %rdi; inc %r10;"
+           "movl $0, 0xb0(%rbp); iretq");
+
+struct Options {
+  std::string accelerator = "soft";
+  unsigned samples = 2000;
+  bool json = false;
+};
+
+std::string load_average() {
+  std::ifstream file("/proc/loadavg");
+  std::string one;
+  file >> one;
+  return one;
+}
+
+double cpu_seconds() {
+  timespec now{};
+  ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) / 1e9;
+}
+
+struct Result {
+  std::vector<double> microseconds;  // sorted
+  double cpu_share = 0;              // of one processor, of the whole process
+};
+
+Result measure(kvm::System& system, const Options& options, std::span<const uint8_t> code) {
+  const unsigned seconds = options.samples / 100 + 10;
+  Guest guest(system, options.accelerator, {.ram = 8 << 20, .irqchip = Irqchip::full, .seconds = seconds});
+  guest.load(code);
+  guest.load(handler, handler_gpa);
+  guest.enter(Mode::long64);
+  guest.set_gate(vector, code64, handler_gpa);
+  const double khz = guest.vcpu().tsc_khz();
+  guest.at<uint64_t>(parameters_gpa) = options.samples;
+  guest.at<uint64_t>(parameters_gpa + 8) = static_cast<uint64_t>(khz / 2);  // half a millisecond
+  const auto start = std::chrono::steady_clock::now();
+  const double cpu = cpu_seconds();
+  guest.finish();
+  const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+  Result result;
+  result.cpu_share = (cpu_seconds() - cpu) / passed.count();
+  for (unsigned i = 0; i < options.samples; ++i)
+    result.microseconds.push_back(static_cast<double>(guest.at<int64_t>(samples_gpa + i * 8)) * 1000 / khz);
+  std::ranges::sort(result.microseconds);
+  return result;
+}
+
+void print(const Options& options, const char* state, const Result& result) {
+  const auto at = [&](double share) {
+    const auto last = result.microseconds.size() - 1;
+    return result.microseconds[std::min(last, static_cast<size_t>(share * static_cast<double>(last + 1)))];
+  };
+  if (options.json)
+    fmt::print(
+        "{{\"accelerator\": \"{}\", \"guest\": \"{}\", \"samples\": {}, \"load\": {}, \"cpu\": {:.3f}, "
+        "\"us\": "
+        "{{\"min\": {:.2f}, \"p50\": {:.2f}, \"p90\": {:.2f}, \"p99\": {:.2f}, \"p99.9\": {:.2f}, \"max\": "
+        "{:.2f}}}}}\n",
+        options.accelerator, state, options.samples, load_average(), result.cpu_share, at(0), at(0.5),
+        at(0.9), at(0.99), at(0.999), at(1));
+  else
+    fmt::print("{:<8} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>9.2f} {:>6.1f} %   {}\n", state, at(0),
+               at(0.5), at(0.9), at(0.99), at(0.999), at(1), result.cpu_share * 100, load_average());
+  std::fflush(stdout);
+}
+
+int run(const Options& options) {
+  for (const Accelerator& accelerator : accelerators()) {
+    if (accelerator.name != options.accelerator) continue;
+    const auto system = accelerator.open();
+    if (!options.json)
+      fmt::print(
+          "{}: {} samples each, microseconds from expiry to the handler\n{:<8} {:>8} {:>8} {:>8} {:>8} {:>8} "
+          "{:>9} {:>8}   {}\n",
+          options.accelerator, options.samples, "guest", "min", "p50", "p90", "p99", "p99.9", "max", "CPU",
+          "load");
+    print(options, "busy", measure(*system, options, busy));
+    print(options, "halted", measure(*system, options, halted));
+    return 0;
+  }
+  fmt::print(stderr, "there is no accelerator '{}'\n", options.accelerator);
+  return 2;
+}
+
+}  // namespace
+}  // namespace lodge::contract
+
+int main(int argc, char** argv) {
+  CLI::App app("Timer latency of a guest: from expiry to the first instruction of its handler");
+  lodge::contract::Options options;
+  app.add_option("--accel", options.accelerator, "soft or kvm");
+  app.add_option("--samples", options.samples, "in each state")->check(CLI::Range(100, 300'000));
+  app.add_flag("--json", options.json);
+  CLI11_PARSE(app, argc, argv);
+  try {
+    return lodge::contract::run(options);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "{}\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,164 @@
+#include "kvm/soft/vcpu_timer.hpp"
+
+#include <linux/futex.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <ctime>
+
+namespace lodge::kvm::soft {
+namespace {
+
+__extension__ typedef unsigned __int128 u128;
+
+constexpr uint64_t spin_share = 16;  // at most one sixteenth of the time
+
+// False: the time is over.
+bool futex_wait(std::atomic<uint32_t>& word, const timespec* until) noexcept {
+  const long result = ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_BITSET_PRIVATE, 0,
+                                until, nullptr, FUTEX_BITSET_MATCH_ANY);
+  return result == 0 || errno != ETIMEDOUT;
+}
+
+uint64_t tsc() noexcept {
+  return __builtin_ia32_rdtsc();
+}
+
+}  // namespace
+
+void LeadTime::observe(uint64_t lateness_ns) noexcept {
+  constexpr uint64_t up = 2'000, down = up / 50, shortest_ns = 2'000;
+  ns_ = std::clamp(lateness_ns > ns_ ? ns_ + up : ns_ - down, shortest_ns, longest_ns);
+}
+
+class VcpuTimer::Handle final : public Timer {
+ public:
+  explicit Handle(std::shared_ptr<VcpuTimer> timer) : timer_(std::move(timer)) {}
+  void arm(uint64_t deadline) noexcept override { timer_->arm(deadline); }
+  void cancel() noexcept override { timer_->cancel(); }
+
+ private:
+  std::shared_ptr<VcpuTimer> timer_;
+};
+
+VcpuTimer::VcpuTimer(Clock& clock, uint32_t tsc_khz, std::function<void()> approaching)
+    : clock_(clock),
+      tsc_khz_(tsc_khz),
+      approaching_(std::move(approaching)),
+      host_(clock.make_timer([this] { approaching_(); })) {}
+
+std::unique_ptr<Timer> VcpuTimer::make_timer(const std::shared_ptr<VcpuTimer>& timer,
+                                             std::function<void()> expired) {
+  timer->expired_ = std::move(expired);
+  return std::make_unique<Handle>(timer);
+}
+
+void VcpuTimer::detach() noexcept {
+  deadline_ = 0;
+  near_ = false;
+  host_.reset();  // waits for `approaching`
+}
+
+uint64_t VcpuTimer::nanoseconds(uint64_t ticks) const noexcept {
+  return static_cast<uint64_t>(static_cast<u128>(ticks) * 1'000'000 / tsc_khz_);
+}
+
+void VcpuTimer::arm(uint64_t deadline) noexcept {
+  if (!host_) return;
+  const uint64_t now_tsc = tsc();
+  const uint64_t now = clock_.now();
+  const uint64_t left = deadline > now ? deadline - now : 0;
+  constexpr uint64_t far = uint64_t{1} << 62;
+  deadline_ =
+      now_tsc + static_cast<uint64_t>(std::min<u128>(static_cast<u128>(left) * tsc_khz_ / 1'000'000, far));
+  near_ = left <= lead_running_.ns();
+  if (near_)
+    approaching_();
+  else
+    ask_host(now_tsc, left);
+}
+
+void VcpuTimer::ask_host(uint64_t now_tsc, uint64_t left_ns) noexcept {
+  const uint64_t ahead = left_ns - lead_running_.ns();
+  asked_for_ = now_tsc + static_cast<uint64_t>(static_cast<u128>(ahead) * tsc_khz_ / 1'000'000);
+  host_->arm(clock_.now() + ahead);
+}
+
+void VcpuTimer::cancel() noexcept {
+  deadline_ = 0;
+  near_ = false;
+  if (asked_for_.exchange(0) != 0 && host_) host_->cancel();
+}
+
+void VcpuTimer::approach() noexcept {
+  const uint64_t deadline = deadline_;
+  if (deadline == 0) return;
+  const uint64_t now = tsc();
+  const uint64_t left = now < deadline ? nanoseconds(deadline - now) : 0;
+  // Early: the host's clock may be faster than the TSC, or the call was for a deadline that was replaced
+  // since.
+  if (left > LeadTime::longest_ns) return ask_host(now, left);
+  if (const uint64_t asked_for = asked_for_.exchange(0); asked_for != 0 && asked_for < now)
+    lead_running_.observe(nanoseconds(now - asked_for));
+  near_ = true;
+}
+
+void VcpuTimer::expire_if_due() noexcept {
+  const uint64_t deadline = deadline_;
+  if (deadline == 0 || tsc() < deadline) return;
+  deadline_ = 0;
+  near_ = false;
+  expired_();
+}
+
+// Default slack lets a sleep last 50 microseconds longer.
+void VcpuTimer::tighten_slack() noexcept {
+  if (slack_set_ && ::pthread_equal(slack_of_, ::pthread_self()) != 0) return;
+  ::prctl(PR_SET_TIMERSLACK, 1);
+  slack_of_ = ::pthread_self();
+  slack_set_ = true;
+}
+
+bool VcpuTimer::may_spin(uint64_t now_tsc) noexcept {
+  const uint64_t most = uint64_t{tsc_khz_} * 2;  // two milliseconds
+  spin_credit_ = std::min(most, spin_credit_ + (now_tsc - credit_since_) / spin_share);
+  credit_since_ = now_tsc;
+  return nanoseconds(spin_credit_) >= lead_halted_.ns();
+}
+
+void VcpuTimer::wait(std::atomic<uint32_t>& word) noexcept {
+  const uint64_t deadline = deadline_;
+  if (deadline == 0) {
+    futex_wait(word, nullptr);
+    return;
+  }
+  tighten_slack();
+  if (asked_for_.exchange(0) != 0) host_->cancel();
+  const uint64_t start = tsc();
+  const uint64_t left = start < deadline ? nanoseconds(deadline - start) : 0;
+  const uint64_t lead = may_spin(start) ? lead_halted_.ns() : 0;
+  bool timed_out = true;
+  if (left > lead) {
+    const uint64_t until = clock_.now() + left - lead;
+    const timespec time{.tv_sec = static_cast<time_t>(until / 1'000'000'000),
+                        .tv_nsec = static_cast<long>(until % 1'000'000'000)};
+    timed_out = !futex_wait(word, &time);
+    if (timed_out) lead_halted_.observe(clock_.now() - until);
+  }
+  const uint64_t woken = tsc();
+  if (timed_out) {
+    while (word.load(std::memory_order_relaxed) == 0 && tsc() < deadline) __builtin_ia32_pause();
+    const uint64_t spun = tsc() - woken;
+    spin_credit_ -= std::min(spin_credit_, spun);
+  }
+  // Woken by something else: the guest goes on with the deadline still ahead.
+  const uint64_t now = tsc();
+  const uint64_t rest = now < deadline ? nanoseconds(deadline - now) : 0;
+  near_ = rest <= lead_running_.ns();
+  if (!near_) ask_host(now, rest);
+}
+
+}  // namespace lodge::kvm::soft
