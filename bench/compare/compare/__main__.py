@@ -24,10 +24,12 @@ GUESTS = TOP / ".cache/guests"
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench/compare/run", description="Lodge's soft accelerator beside QEMU's TCG and the bare machine, in turn."
+        prog="bench/compare/run",
+        description="Lodge's soft accelerator beside QEMU's TCG and the bare machine, in turn.",
     )
     parser.add_argument("--rounds", type=int, help="runs of each side (default 3; with --quick 1)")
-    parser.add_argument("--only", metavar="GROUP[,GROUP]", help="integer, float, x87, tools, system, boot, smp, memory (default: all)")
+    groups = "integer, float, x87, tools, system, boot, smp, memory"
+    parser.add_argument("--only", metavar="GROUP[,GROUP]", help=f"of {groups} (default: all)")
     parser.add_argument("--lodge", type=pathlib.Path, default=TOP / "build/lodge", metavar="PATH")
     parser.add_argument("--engine", metavar="E", help="passed on to `lodge run`")
     parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PATH")
@@ -120,7 +122,8 @@ def first_line(command: list[str]) -> str:
 def host() -> dict[str, object]:
     info = pathlib.Path("/proc/cpuinfo").read_text()
     model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    return {"cpu": model, "cpus": len(os.sched_getaffinity(0)), "kernel": platform.release(), "load": os.getloadavg()[0]}
+    cpus, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    return {"cpu": model, "cpus": cpus, "kernel": platform.release(), "load": load}
 
 
 def main() -> int:
@@ -148,13 +151,13 @@ def main() -> int:
         except Unavailable as error:
             print(f"\n{group.name}: skipped: {error}", flush=True)
             measured[group.name] = {"skipped": str(error)}
-            continue
-        results = measure(group, lab, options.rounds)
-        print(f"\n{report.text(group, results)}", flush=True)
-        measured[group.name] = report.json(group, results)
-        good = good and not results.failures and not results.disagreements()
-        if options.json:
-            options.json.write_text(json.dumps({**about, "groups": measured}, indent=2) + "\n")  # after each group: a long run may be cut short
+        else:
+            results = measure(group, lab, options.rounds)
+            print(f"\n{report.text(group, results)}", flush=True)
+            measured[group.name] = report.json(group, results)
+            good = good and not results.failures and not results.disagreements()
+        if options.json:  # after each group: a long run may be cut short
+            options.json.write_text(json.dumps({**about, "groups": measured}, indent=2) + "\n")
     return 0 if good else 1
 
 

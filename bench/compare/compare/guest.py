@@ -146,7 +146,7 @@ class Console:
             self._pump(end - time.monotonic())
 
     def finish(self, limit: float) -> float:
-        """The seconds from the start to the process's end by itself. Raises MachineFailed when that was not a success."""
+        """The seconds from the start to the end by itself. Raises MachineFailed when that was not a success."""
         self.settle(limit)
         if not self._ended:
             raise MachineFailed(self._report("it does not end"))

@@ -39,7 +39,7 @@ def parse_smaps(text: str) -> list[Mapping]:
 
 
 def split(mappings: list[Mapping], ram_kib: int) -> tuple[int, int]:
-    """The resident KiB of everything and of the guest's RAM: the data mappings of its size, and all of the same file."""
+    """The resident KiB of everything and of the guest's RAM: data mappings of its size, and all of the same file."""
     whole = [m for m in mappings if m.size_kib >= ram_kib and m.permissions.startswith("rw-")]
     files = {m.file for m in whole} - {"00:00 0"}
     ram = [m for m in mappings if m in whole or m.file in files]
@@ -70,7 +70,8 @@ class Memory:
         total, ram = split(parse_smaps(smaps), shape.memory_mib * 1024)
         if ram == 0:
             return Round(failures=["no mapping of its process looks like the guest's RAM"])
-        return Round([Sample(workload, 1, kib / 1024) for workload, kib in zip(self.workloads, (total, ram, total - ram))])
+        parts = zip(self.workloads, (total, ram, total - ram))
+        return Round([Sample(workload, 1, kib / 1024) for workload, kib in parts])
 
     def derived(self, results: Results) -> dict[str, dict[str, Ratio]]:
         return {}

@@ -32,7 +32,8 @@ def rows(group: Group, results: Results) -> list[list[str]]:
     for name, ratios in group.derived(results).items():
         table.append([name, *(_ratio(ratios.get(side)) for side in group.sides), ""] + [""] * native)
     if group.mean:
-        table.append(["geomean", *("" for _ in group.sides), _ratio(results.mean_ratio(group.workloads, "qemu", "lodge"))])
+        speed = results.mean_ratio(group.workloads, "qemu", "lodge")
+        table.append(["geomean", *("" for _ in group.sides), _ratio(speed)])
         if native:
             table[-1].append(_ratio(results.mean_ratio(group.workloads, "lodge", "native")))
     return table

@@ -21,7 +21,7 @@ class Output(unittest.TestCase):
 
     def test_7z(self):
         output = "18:       2652    59   3980   2363  |      49033    99   3999   3965\n\n" \
-                 "Avr:      2600    59   3980   2363  |      49000    99   3999   3965\nTot:  79   3990   3164\n"  # fmt: skip
+                 "Avr:      2600    59   3980   2363  |      49000    99   3999   3965\nTot:  79   3990   3164\n"
         self.assertEqual([s.work for s in parse_7z(output)], [2600 * 1024, 49000 * 1024])
 
     def test_sysbench(self):
@@ -30,7 +30,8 @@ class Output(unittest.TestCase):
         self.assertEqual((sample.work, sample.seconds), (4038 * 1024, 2.0003))
 
     def test_without_a_result_is_an_error(self):
-        for parse in (parse_zstd, parse_7z, lambda out: parse_openssl("x", out), lambda out: parse_sysbench("x", 1, out)):
+        named = (lambda out: parse_openssl("x", out), lambda out: parse_sysbench("x", 1, out))
+        for parse in (parse_zstd, parse_7z, *named):
             with self.assertRaises(BadOutput):
                 parse("Illegal instruction")
 
@@ -39,7 +40,8 @@ class Unpack(unittest.TestCase):
     def test_brings_a_program_and_its_libraries_only(self):
         with tempfile.TemporaryDirectory() as source, tempfile.TemporaryDirectory() as target:
             tools, root = pathlib.Path(source), pathlib.Path(target)
-            for path, text in (("bin/one", "1"), ("lib/libone.so", "l"), ("lib/libtwo.so", "l"), ("needs/one", "libone.so\n")):
+            files = {"bin/one": "1", "lib/libone.so": "l", "lib/libtwo.so": "l", "needs/one": "libone.so\n"}
+            for path, text in files.items():
                 (tools / path).parent.mkdir(exist_ok=True)
                 (tools / path).write_text(text)
             unpack(tools, ["one"], root)
