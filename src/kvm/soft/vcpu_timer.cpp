@@ -30,7 +30,7 @@ uint64_t tsc() noexcept {
 }  // namespace
 
 void LeadTime::observe(uint64_t lateness_ns) noexcept {
-  constexpr uint64_t up = 2'000, down = up / 50, shortest_ns = 2'000;
+  constexpr uint64_t up = 3'000, down = up / 200, shortest_ns = 2'000;
   ns_ = std::clamp(lateness_ns > ns_ ? ns_ + up : ns_ - down, shortest_ns, longest_ns);
 }
 

@@ -18,8 +18,8 @@
 
 namespace lodge::kvm::soft {
 
-// How long before a deadline to ask the host, so that about one request in fifty comes too late: up by a step
-// when one did, down by a fiftieth of it when none did.
+// How long before a deadline to ask the host, so that about one request in 200 comes too late: up by a step
+// when one did, down by a 200th of it when none did.
 class LeadTime {
  public:
   static constexpr uint64_t longest_ns = 100'000;
