@@ -114,6 +114,29 @@ CONTRACT_TEST(Lapic, ThePeriodicTimerFiresAgainAndAgain) {
   EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::microseconds(800));
 }
 
+GUEST_CODE(timer_busy, 64,
+           APIC
+           "movl $0x20050, 0x320(%rbp); movl $0xb, 0x3e0(%rbp); movl $200000, 0x380(%rbp); sti;"
+           "1: inc %rbx; cmpl $5, 0x40000; jb 1b; out %al, $0xe0");
+CONTRACT_TEST(Lapic, ThePeriodicTimerInterruptsAGuestThatComputes) {
+  auto guest = started(test, timer_busy);
+  guest->set_gate(0x50, code64, handler);
+  const auto start = std::chrono::steady_clock::now();
+  guest->finish();
+  EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::microseconds(800));
+}
+
+GUEST_CODE(timer_outside, 64,
+           APIC
+           "movl $0x50, 0x320(%rbp); movl $0xb, 0x3e0(%rbp); movl $1000000, 0x380(%rbp); out %al, $0xe0;"
+           "sti; 1: jmp 1b");
+CONTRACT_TEST(Lapic, ATimerExpiresWhileTheVcpuIsOutsideTheGuest) {
+  auto guest = started(test, timer_outside);
+  guest->finish();
+  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  EXPECT_EQ(guest->trap().vector, 0x50u);
+}
+
 GUEST_CODE(timer_count, 64,
            APIC
            "movl $0x10050, 0x320(%rbp); movl $0xb, 0x3e0(%rbp); movl $0x7fffffff, 0x380(%rbp); mov "
@@ -146,6 +169,25 @@ CONTRACT_TEST(Lapic, TheTscDeadlineTimerFiresAtItsTime) {
   kvm_msr_entry tsc{.index = 0x10};
   ASSERT_EQ(guest->vcpu().msrs({&tsc, 1}), 1u);
   EXPECT_GE(tsc.data, guest->vcpu().regs().rbx);
+}
+
+GUEST_CODE(timer_restored, 64, APIC "movl $0x40050, 0x320(%rbp); out %al, $0xe0; sti; 1: jmp 1b");
+CONTRACT_TEST(Lapic, ADeadlineThatTheVmmSetsFires) {
+  if (test.system().check_extension(KVM_CAP_TSC_DEADLINE_TIMER) == 0) throw Unable("no TSC-deadline timer");
+  auto guest = started(test, timer_restored);
+  auto cpuid = guest->vcpu().cpuid2();
+  for (auto& leaf : cpuid)
+    if (leaf.function == 1) leaf.ecx |= 1u << 24;
+  guest->vcpu().set_cpuid2(cpuid);
+  guest->finish();
+  kvm_msr_entry tsc{.index = 0x10};
+  ASSERT_EQ(guest->vcpu().msrs({&tsc, 1}), 1u);
+  const uint64_t deadline = tsc.data + guest->vcpu().tsc_khz() * 3ull;  // three milliseconds
+  kvm_msr_entry entry{.index = 0x6e0, .data = deadline};
+  ASSERT_EQ(guest->vcpu().set_msrs({&entry, 1}), 1u);
+  EXPECT_EQ(guest->trap().vector, 0x50u);
+  ASSERT_EQ(guest->vcpu().msrs({&tsc, 1}), 1u);
+  EXPECT_GE(tsc.data, deadline);
 }
 
 }  // namespace
