@@ -24,6 +24,7 @@ class Port final : public VcpuPort {
   void smi() noexcept override {}
   void init() noexcept override {}
   void sipi(uint8_t /*vector*/) noexcept override {}
+  void unhalt() noexcept override {}
   uint64_t guest_tsc() const noexcept override { return clock_.now(); }
   uint64_t tsc_deadline_to_clock_ns(uint64_t guest_tsc) const noexcept override { return guest_tsc; }
 
@@ -90,6 +91,22 @@ void access_lapic(Lapic& lapic, Input& in) {
     case 5: lapic.set_tsc_deadline(value); break;
     case 6: lapic.set_cr8(reg); break;
     default: lapic.mmio_write(0xb0, 0); break;
+  }
+}
+
+// Paravirtual EOI, IPIs and kicks.
+void hypercall(Irqchip& chip, Lapic& lapic, Input& in) {
+  const uint8_t op = in.take<uint8_t>();
+  const uint64_t targets[2] = {in.take<uint8_t>(), in.take<uint8_t>()};
+  switch (op & 3) {
+    case 0: lapic.defer_eoi(); break;
+    case 1: lapic.settle_eoi((op & 4) != 0); break;
+    case 2: {
+      const int taken = chip.send_ipis(targets, in.take<uint8_t>() % 4, in.take<uint32_t>());
+      require(taken <= 2);
+      break;
+    }
+    default: chip.unhalt(op >> 2); break;
   }
 }
 
@@ -173,7 +190,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         chip.signal_msi(msi);
         break;
       }
-      case 9: take_interrupts(lapic); break;
+      case 9:
+        take_interrupts(lapic);
+        if ((op & 16) != 0) hypercall(chip, lapic, in);
+        break;
       case 10: clock.advance(in.take<uint16_t>() * 100u); break;
       case 11: clock.advance(in.take<uint16_t>() * 10'000u); break;
       case 12: exchange_state(chip, lapic, in); break;
