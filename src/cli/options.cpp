@@ -65,6 +65,12 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--accel", raw.accel, "auto, kvm or soft (see lodge doctor)")
       ->type_name("NAME")
       ->capture_default_str();
+  run->add_option("--engine", raw.engine, "of the soft accelerator: translate, interpret or lockstep (both)")
+      ->type_name("NAME")
+      ->capture_default_str();
+  run->add_option("--code-cache", raw.code_cache, "of the soft accelerator: host code a CPU may hold, at most")
+      ->type_name("SIZE")
+      ->capture_default_str();
   run->add_option("--cpu", raw.cpu, "processor model: host or x86-64-v1 to -v4")
       ->type_name("MODEL")
       ->capture_default_str();
@@ -93,6 +99,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
 Values values_of(const std::string& option) {
   if (option == "--kernel" || option == "--initrd") return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
+  if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
   if (option == "--serial") return {{"stdio", "file:", "pty", "null"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
@@ -120,6 +127,8 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   config.cpus = vm::parse_cpus("--cpus", raw.cpus);
   config.memory = vm::parse_size("--memory", raw.memory);
   config.accelerator = vm::parse_accelerator("--accel", raw.accel);
+  config.soft.engine = vm::parse_engine("--engine", raw.engine);
+  config.soft.code_cache = vm::parse_code_cache("--code-cache", raw.code_cache);
   if (!raw.serial.empty()) {
     config.serial.clear();
     for (const auto& text : raw.serial) config.serial.push_back(vm::parse_serial("--serial", text));

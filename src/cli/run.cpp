@@ -147,7 +147,7 @@ int run(const RunCommand& command) {
   vm::validate(command.config, vm::host_limits());
   const Fd signals = take_signals();
   ::prctl(PR_SET_NAME, ("lodge:" + command.config.name).substr(0, 15).c_str());
-  auto selected = vm::open_accelerator(command.config.accelerator);
+  auto selected = vm::open_accelerator(command.config.accelerator, command.config.soft);
   const std::string accelerator(selected.system->name());
   if (!selected.remark.empty() && ::isatty(STDERR_FILENO)) say(selected.remark);
 

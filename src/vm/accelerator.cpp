@@ -62,12 +62,12 @@ HostReport examine_host() {
   return report;
 }
 
-Selected open_accelerator(Accelerator wanted) {
-  if (wanted == Accelerator::soft) return {kvm::soft::open(), {}};
+Selected open_accelerator(Accelerator wanted, const kvm::soft::Options& soft) {
+  if (wanted == Accelerator::soft) return {kvm::soft::open(soft), {}};
   if (wanted == Accelerator::kvm) return {kvm::host::open(), {}};
   const AcceleratorReport kvm = examine_kvm();
   if (kvm.boots_kernels) return {kvm::host::open(), {}};
-  return {kvm::soft::open(), fmt::format("using the soft accelerator: {}", why_not_kvm(kvm))};
+  return {kvm::soft::open(soft), fmt::format("using the soft accelerator: {}", why_not_kvm(kvm))};
 }
 
 }  // namespace lodge::vm

@@ -33,6 +33,6 @@ struct Selected {
                        // nothing to say
 };
 // Opens what was asked for. Throws std::system_error when the host does not have it.
-Selected open_accelerator(Accelerator wanted);
+Selected open_accelerator(Accelerator wanted, const kvm::soft::Options& soft = {});
 
 }  // namespace lodge::vm

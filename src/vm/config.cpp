@@ -116,6 +116,20 @@ Accelerator parse_accelerator(std::string_view option, std::string_view text) {
   return static_cast<Accelerator>(found - accelerators.begin());
 }
 
+kvm::soft::Engine parse_engine(std::string_view option, std::string_view text) {
+  if (text == "translate") return kvm::soft::Engine::translate;
+  if (text == "interpret") return kvm::soft::Engine::interpret;
+  if (text == "lockstep") return kvm::soft::Engine::lockstep;
+  usage_error("{}: unknown engine '{}'; choose translate, interpret or lockstep", option, text);
+}
+
+size_t parse_code_cache(std::string_view option, std::string_view text) {
+  const uint64_t size = parse_size(option, text);
+  // Host code reaches all of the cache by 32-bit displacements.
+  if (size < 1ull << 20 || size > 1ull << 30) usage_error("{}: {} is out of range; give 1M to 1G", option, text);
+  return size;
+}
+
 std::string_view name_of(Accelerator accelerator) noexcept {
   return accelerators[static_cast<size_t>(accelerator)];
 }

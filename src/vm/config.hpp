@@ -8,6 +8,8 @@
 #include <string_view>
 #include <vector>
 
+#include "kvm/soft/options.hpp"
+
 namespace lodge::vm {
 
 enum class Accelerator { automatic, kvm, soft };
@@ -34,6 +36,7 @@ struct VmConfig {
   unsigned cpus = 1;
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
   Accelerator accelerator = Accelerator::automatic;
+  kvm::soft::Options soft;  // of the soft accelerator
   std::string cpu = "host";  // a name of cpu_models()
   std::vector<SerialConfig> serial = {{SerialConfig::Kind::stdio, {}}};
   std::vector<DeviceConfig> devices;
@@ -51,6 +54,8 @@ HostLimits host_limits();
 uint64_t parse_size(std::string_view option, std::string_view text);  // "512M", "2G", "1024" (MiB), "640K"
 unsigned parse_cpus(std::string_view option, std::string_view text);
 Accelerator parse_accelerator(std::string_view option, std::string_view text);
+kvm::soft::Engine parse_engine(std::string_view option, std::string_view text);
+size_t parse_code_cache(std::string_view option, std::string_view text);  // 1 MiB to 1 GiB
 SerialConfig parse_serial(std::string_view option, std::string_view text);
 DeviceConfig parse_device(std::string_view option, std::string_view text);
 

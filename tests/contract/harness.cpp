@@ -42,12 +42,19 @@ std::unique_ptr<kvm::System> open_host() {
   return kvm::host::open();
 }
 
+template <kvm::soft::Engine E>
+std::unique_ptr<kvm::System> open_soft() {
+  return kvm::soft::open({.engine = E});
+}
+
 }  // namespace
 
 std::vector<Accelerator> accelerators() {
   return {
       {"kvm", open_host},
-      {"soft", kvm::soft::open},
+      {"soft", open_soft<kvm::soft::Engine::translate>},
+      {"interpret", open_soft<kvm::soft::Engine::interpret>},
+      {"lockstep", open_soft<kvm::soft::Engine::lockstep>},
   };
 }
 

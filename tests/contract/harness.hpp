@@ -155,7 +155,7 @@ class Guest {
 class Contract : public ::testing::TestWithParam<Accelerator> {
  public:
   kvm::System& system() { return *system_; }
-  bool soft() const { return std::string_view(GetParam().name) == "soft"; }
+  bool soft() const { return std::string_view(GetParam().name) != "kvm"; }
   std::unique_ptr<Guest> guest(const GuestConfig& config = {}) {
     return std::make_unique<Guest>(*system_, GetParam().name, config);
   }

@@ -82,7 +82,7 @@ struct Interpreted::Machine {
 
   uint8_t* ram = nullptr;
   QuietPlatform platform;  // nothing that the oracle runs asks it anything
-  std::atomic<uint32_t> code_epoch{0};
+  CodeWatch code_epoch;
   MemoryMap map;
   Cpu cpu{platform, 0};
   Decoder decoder;

@@ -65,7 +65,7 @@ uint32_t host_tsc_khz() {
 
 class SoftSystem final : public System {
  public:
-  SoftSystem() : tsc_khz_(host_tsc_khz()) {}
+  explicit SoftSystem(const Options& options) : tsc_khz_(host_tsc_khz()), options_(options) {}
 
   std::string_view name() const noexcept override { return "soft"; }
   int check_extension(uint32_t capability) const noexcept override { return soft_extension(capability); }
@@ -88,10 +88,11 @@ class SoftSystem final : public System {
     }
     return done;
   }
-  std::unique_ptr<Vm> create_vm() override { return std::make_unique<SoftVm>(tsc_khz_); }
+  std::unique_ptr<Vm> create_vm() override { return std::make_unique<SoftVm>(tsc_khz_, options_); }
 
  private:
   uint32_t tsc_khz_;
+  Options options_;
 };
 
 }  // namespace
@@ -145,8 +146,8 @@ int soft_extension(uint32_t capability) noexcept {
   }
 }
 
-std::unique_ptr<System> open() {
-  return std::make_unique<SoftSystem>();
+std::unique_ptr<System> open(const Options& options) {
+  return std::make_unique<SoftSystem>(options);
 }
 
 }  // namespace lodge::kvm::soft

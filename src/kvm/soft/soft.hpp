@@ -4,10 +4,11 @@
 #include <memory>
 
 #include "kvm/kvm.hpp"
+#include "kvm/soft/options.hpp"
 
 namespace lodge::kvm::soft {
 
 // Never fails for lack of host features beyond x86-64 itself; throws std::system_error when memory is short.
-std::unique_ptr<System> open();
+std::unique_ptr<System> open(const Options& options = {});
 
 }  // namespace lodge::kvm::soft

@@ -30,7 +30,9 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       port_(*this),
       shared_(Mapping::anonymous(run_size)),
       run_(reinterpret_cast<kvm_run*>(shared_.data())),
-      cpu_(*this, id),
+      home_(*this, id),
+      cpu_(home_.cpu()),
+      engine_(vm.options().engine),
       jumps_(std::make_unique<std::array<Block::Link, jump_entries>>()),
       map_(vm.memory()),
       timer_(std::make_shared<VcpuTimer>(vm.timers(), vm.tsc_khz(), [this] { post(request::timer); })),
@@ -44,6 +46,8 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
     if (id != 0) mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
   reset_cpu(cpu_, false);
+  if (engine_ != Engine::interpret)
+    translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this), vm.options().code_cache);
 }
 
 SoftVcpu::~SoftVcpu() {
@@ -99,12 +103,17 @@ void SoftVcpu::acknowledge_memory() noexcept {
 }
 
 void SoftVcpu::drop_write_tags(uint64_t host_page) noexcept {
-  for (TlbSet& set : *cpu_.tlb_sets)
+  for (TlbSet& set : cpu_.tlb_sets)
     for (unsigned word = 0; word < set.valid.size(); ++word)
       for (uint64_t left = set.valid[word]; left != 0; left &= left - 1) {
         const unsigned i = word * 64 + static_cast<unsigned>(__builtin_ctzll(left));
-        if (set.page[i] + set.entry[i].host == host_page) set.entry[i].write = TlbSet::empty(i);
+        if (set.entry[i].host == host_page) set.entry[i].write = TlbSet::empty(i);
       }
+}
+
+bool SoftVcpu::wants_attention() noexcept {
+  return cpu_.request.load(std::memory_order_relaxed) != 0 ||
+         vm_.code_epoch().load(std::memory_order_acquire) != seen_code_epoch_;
 }
 
 // --- run
@@ -292,6 +301,7 @@ Outcome SoftVcpu::run_blocks() noexcept {
     if (const uint32_t epoch = vm_.code_epoch().load(std::memory_order_acquire); epoch != seen_code_epoch_) {
       seen_code_epoch_ = epoch;
       ++cpu_.flushes;
+      if (translator_) translator_->drop_stale();
     }
     const bool wide = cpu_.mode() == Mode::bits64;
     const uint64_t linear = wide ? cpu_.rip : static_cast<uint32_t>(cs.base + cpu_.rip);
@@ -310,6 +320,23 @@ Outcome SoftVcpu::run_blocks() noexcept {
       block = lookup_slowly(linear, cpu_.decode_key);
       if (block == nullptr) return after_stop();
     }
+    if (engine_ == Engine::lockstep) {
+      if (!run_both(*block)) return internal_error(KVM_INTERNAL_ERROR_EMULATION);
+      if (cpu_.stops != 0 || cpu_.pending.valid || fetch_failed_) return after_stop();
+      block = nullptr;
+      continue;
+    }
+    if (translator_ && cpu_.mode() != Mode::bits16 && translator_->run(*block)) {
+      if (cpu_.stops != 0 || cpu_.pending.valid || fetch_failed_) return after_stop();
+      if (translator_->full()) {
+        blocks_.clear();
+        ++cpu_.flushes;
+        translator_->rewind();
+      }
+      block = nullptr;
+      continue;
+    }
+    ++block->runs;
     cpu_.gpr[gpr_rip] = cpu_.rip;
     cpu_.block = block;
     const Op* first = block->ops.data();

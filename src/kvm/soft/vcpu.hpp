@@ -16,6 +16,8 @@
 #include "kvm/soft/interpret/block.hpp"
 #include "kvm/soft/irqchip/vcpu_port.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
+#include "kvm/soft/options.hpp"
+#include "kvm/soft/translate/translator.hpp"
 #include "kvm/soft/vcpu_timer.hpp"
 
 namespace lodge::kvm::soft {
@@ -36,7 +38,7 @@ constexpr Outcome leave_with(int status) {
   return {true, status};
 }
 
-class SoftVcpu final : public Vcpu, private Platform {
+class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
  public:
   SoftVcpu(SoftVm& vm, unsigned id);
   ~SoftVcpu() override;
@@ -113,6 +115,11 @@ class SoftVcpu final : public Vcpu, private Platform {
   bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept override;
   std::mutex& split_lock() noexcept override;
 
+  // BlockSource
+  Block* block_at(uint64_t linear) noexcept override { return lookup_slowly(linear, cpu_.decode_key); }
+  bool wants_attention() noexcept override;
+  bool event_waits() noexcept override { return recheck_; }
+
   // What the LAPIC sees of this vCPU.
   class Port final : public VcpuPort {
    public:
@@ -168,6 +175,11 @@ class SoftVcpu final : public Vcpu, private Platform {
   void offer_pv_eoi() noexcept;
   void settle_pv_eoi() noexcept;
 
+  // The lockstep engine (vcpu_lockstep.cpp)
+  struct Outcomes;
+  bool run_both(Block& block) noexcept;
+  std::string difference(const Outcomes& wanted, const WriteJournal& journal) const;
+
   // Decoding (vcpu_fetch.cpp)
   static unsigned jump_hash(uint64_t linear) noexcept {
     return static_cast<unsigned>(linear ^ linear >> 12) % jump_entries;
@@ -186,9 +198,12 @@ class SoftVcpu final : public Vcpu, private Platform {
   Port port_;
   Mapping shared_;
   kvm_run* run_;
-  Cpu cpu_;
+  CpuHome home_;
+  Cpu& cpu_;
   Decoder decoder_;
+  std::unique_ptr<Translator> translator_;  // outlives the blocks
   BlockCache blocks_;
+  const Engine engine_;
   std::unique_ptr<Block> single_;
   static constexpr unsigned jump_entries = 16384;
   std::unique_ptr<std::array<Block::Link, jump_entries>> jumps_;

@@ -15,8 +15,9 @@ constexpr uint32_t max_slots = 32764;
 
 }  // namespace
 
-SoftVm::SoftVm(uint32_t tsc_khz)
+SoftVm::SoftVm(uint32_t tsc_khz, const Options& options)
     : tsc_khz_(tsc_khz),
+      options_(options),
       clock_scale_(clock_scale(tsc_khz)),
       clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),
@@ -76,7 +77,7 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     if (region.guest_phys_addr < slot->gpa + slot->size &&
         slot->gpa < region.guest_phys_addr + region.memory_size)
       throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, slot->id));
-  auto slot = std::make_shared<Slot>(region, code_epoch_);
+  auto slot = std::make_shared<Slot>(region, static_cast<CodeWatch&>(*this));
   const auto place = std::upper_bound(map->slots.begin(), map->slots.end(), slot,
                                       [](auto& a, auto& b) { return a->gpa < b->gpa; });
   map->slots.insert(place, std::move(slot));
@@ -89,6 +90,12 @@ void SoftVm::install(std::unique_ptr<MemoryMap> map) {
     map_ = std::move(map);
   }
   flush_all_vcpus();
+}
+
+// Chained code looks at its request word only: whoever runs the old code must be told.
+void SoftVm::code_changed() noexcept {
+  const std::lock_guard lock(peers_mutex_);
+  for (SoftVcpu* vcpu : peers_) vcpu->post(request::code);
 }
 
 void SoftVm::flush_all_vcpus() noexcept {
@@ -166,14 +173,20 @@ std::unique_ptr<Vcpu> SoftVm::create_vcpu(unsigned id) {
   if (id >= Irqchip::max_vcpus) throw_errno(EINVAL, fmt::format("vCPU number {} is too high", id));
   for (const SoftVcpu* vcpu : vcpus_)
     if (vcpu->id() == id) throw_errno(EEXIST, fmt::format("vCPU {} exists already", id));
+  if (options_.engine == Engine::lockstep && !vcpus_.empty())
+    throw_errno(EINVAL, "the lockstep engine compares the runs of one vCPU, which others would disturb; use one CPU");
   auto vcpu = std::make_unique<SoftVcpu>(*this, id);
   vcpus_.push_back(vcpu.get());
+  const std::lock_guard peers(peers_mutex_);
+  peers_.push_back(vcpu.get());
   return vcpu;
 }
 
 void SoftVm::remove_vcpu(SoftVcpu& vcpu) noexcept {
   const std::lock_guard lock(vcpus_mutex_);
   std::erase(vcpus_, &vcpu);
+  const std::lock_guard peers(peers_mutex_);
+  std::erase(peers_, &vcpu);
 }
 
 // Both are needs of Intel's hardware; accepted so that a machine can be set up the same way everywhere.

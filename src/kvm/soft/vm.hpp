@@ -11,15 +11,16 @@
 #include "kvm/soft/cpu/kvmclock.hpp"
 #include "kvm/soft/irqchip/irqchip.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
+#include "kvm/soft/options.hpp"
 
 namespace lodge::kvm::soft {
 
 class SoftVcpu;
 
-class SoftVm final : public Vm {
+class SoftVm final : public Vm, private CodeWatch {
  public:
   // `tsc_khz`: of the host.
-  explicit SoftVm(uint32_t tsc_khz);
+  SoftVm(uint32_t tsc_khz, const Options& options);
   ~SoftVm() override;
 
   int check_extension(uint32_t capability) const noexcept override;
@@ -54,24 +55,27 @@ class SoftVm final : public Vm {
   Clock& timers() noexcept { return clock_; }
   std::mutex& split_lock() noexcept { return split_lock_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
+  const Options& options() const noexcept { return options_; }
   // kvmclock follows the host's TSC, as the pages that guests read do: one line for all vCPUs.
   uint64_t kvmclock_at(uint64_t host_tsc) const noexcept {
     return clock_scale_.nanoseconds(host_tsc) + clock_offset_.load(std::memory_order_relaxed);
   }
   uint64_t kvmclock_ns() const noexcept { return kvmclock_at(__builtin_ia32_rdtsc()); }
   std::shared_ptr<const MemoryMap> memory() noexcept;
-  const std::atomic<uint32_t>& code_epoch() const noexcept { return code_epoch_; }
+  const std::atomic<uint32_t>& code_epoch() const noexcept { return epoch; }
   // A page becomes code: when this returns, no other vCPU writes to it without taking the slow path. `self`
   // keeps acknowledging what others ask of it meanwhile.
   void shoot_down(SoftVcpu& self, uint64_t host_page) noexcept;
   void remove_vcpu(SoftVcpu& vcpu) noexcept;
 
  private:
+  void code_changed() noexcept override;
   void install(std::unique_ptr<MemoryMap> map);
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);
 
   const uint32_t tsc_khz_;
+  const Options options_;
   const ClockScale clock_scale_;
   RealClock clock_;
   std::atomic<uint64_t> clock_offset_;
@@ -79,7 +83,6 @@ class SoftVm final : public Vm {
   IoEventfds ioeventfds_;
   std::mutex split_lock_;
 
-  std::atomic<uint32_t> code_epoch_{0};
   std::mutex slots_mutex_;  // one slot change at a time
   std::mutex map_mutex_;    // guards map_ itself
   std::shared_ptr<const MemoryMap> map_;
@@ -87,6 +90,8 @@ class SoftVm final : public Vm {
 
   std::mutex vcpus_mutex_;
   std::vector<SoftVcpu*> vcpus_;
+  std::mutex peers_mutex_;  // never held while waiting for a vCPU
+  std::vector<SoftVcpu*> peers_;
 };
 
 }  // namespace lodge::kvm::soft

@@ -7,8 +7,8 @@
 namespace lodge::kvm::soft {
 
 Cpu::Cpu(Platform& platform, unsigned id)
-    : tlb(nullptr), tlb_sets(std::make_unique<std::array<TlbSet, 4>>()), platform_(platform), id_(id) {
-  tlb = &(*tlb_sets)[1];
+    : platform_(platform), id_(id) {
+  tlb = &tlb_sets[1];
 }
 
 void Cpu::set_reg(uint8_t byte_offset, unsigned size, uint64_t value) noexcept {
@@ -73,7 +73,7 @@ void Cpu::state_changed() noexcept {
       if ((active_dr7() >> 2 * i & 3) == 0) continue;
       ((active_dr7() >> (16 + 4 * i) & 3) == 0 ? code_breakpoints : watchpoints) = true;
     }
-  tlb = &(*tlb_sets)[watchpoints || alignment_checks ? 3 : view()];
+  tlb = &tlb_sets[watchpoints || alignment_checks ? 3 : view()];
   decode_key = soft::decode_key(*this);
   slow = (system_flags & flag::tf) != 0 || code_breakpoints || debug_step;
 }

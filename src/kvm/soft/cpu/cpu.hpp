@@ -11,6 +11,8 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <unordered_set>
+#include <vector>
 
 #include "kvm/soft/cpu/features.hpp"
 #include "kvm/soft/cpu/state.hpp"
@@ -68,7 +70,20 @@ inline constexpr uint32_t memory =
 inline constexpr uint32_t clock = 0x80;    // update the kvmclock page
 inline constexpr uint32_t timer = 0x200;   // the LAPIC timer's deadline is near
 inline constexpr uint32_t unhalt = 0x100;  // end the HLT (KVM_HC_KICK_CPU)
+inline constexpr uint32_t code = 0x400;     // a page of code was written to
 }  // namespace request
+
+// Writes to RAM of one run of a block, so that they can be undone (the lockstep engine).
+struct WriteJournal {
+  struct Entry {
+    uint64_t host;
+    unsigned size;  // at most 64
+    std::array<uint8_t, 64> before, after;
+  };
+  std::vector<Entry> entries;
+  bool lost = false;  // something was written that is not here
+  void note(uint64_t host, unsigned size) noexcept;
+};
 
 class Cpu : public CpuState {
  public:
@@ -216,15 +231,21 @@ class Cpu : public CpuState {
   const MemoryMap* memory = nullptr;
   // The running block, so that a store into it is noticed; null outside blocks.
   const Block* block = nullptr;
+  WriteJournal* journal = nullptr;  // of what is written now, if anybody wants to know
   // Counts TLB flushes; what was looked up by linear address under another number is stale.
   uint32_t flushes = 1;
   uint32_t decode_key = 0;  // the modes that decoding depends on; see decoder.hpp
+  // Which mappings of code were flushed since the translator looked: those of user code, those of supervisor
+  // code. The sets are the linear pages whose code it has entered since, so that INVLPG of others is free.
+  bool user_code_flushed = true, supervisor_code_flushed = true;
+  bool supervisor_code_is_local = false;  // some of it was not in global pages
+  std::unordered_set<uint64_t> user_code_pages, supervisor_code_pages;
 
   // The TLB set of the present privilege, and all of them: user; supervisor with SMAP enforced; supervisor
   // with AC=1 or without SMAP; and one that is never filled, so that every access takes the slow path
   // (watchpoints, alignment checks). For the interpreter's fast paths.
-  TlbSet* tlb;
-  std::unique_ptr<std::array<TlbSet, 4>> tlb_sets;
+  TlbSet* tlb = nullptr;
+  std::array<TlbSet, 4> tlb_sets;
 
   // --- derived by state_changed() ---
   bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks, CS no limit check
@@ -250,6 +271,11 @@ class Cpu : public CpuState {
   // As read_bytes and write_bytes for 1, 2, 4 or 8 bytes, through scratch.
   bool load_slow(uint64_t linear, unsigned size) noexcept;
   bool store_slow(uint64_t linear, unsigned size, uint64_t value) noexcept;
+  // Makes the TLB answer for accesses to this page, if it can. False: the access is for the slow paths, or
+  // faults; nothing is raised.
+  bool fill_tlb(uint64_t linear, bool write) noexcept;
+  // Whether the code at `linear`, just fetched, lies in a global page.
+  bool in_global_page(uint64_t linear) const noexcept;
   // The host address of [linear, linear + size) for an atomic read-modify-write; null when there is none
   // (page crossing, MMIO: then `pending`, `wants_exit` and `run_alone` are unset and the caller does it in
   // two steps) or when the access failed (one of them is set).

@@ -236,7 +236,7 @@ class Machine {
     cpu.set_cpl(cpl);
   }
 
-  std::atomic<uint32_t> code_epoch_{0};
+  CodeWatch code_epoch_;
   MemoryMap memory_;
   uint8_t* ram_;
   Decoder decoder_;

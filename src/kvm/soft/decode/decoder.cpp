@@ -109,9 +109,31 @@ uint8_t gpr_offset(ZydisRegister reg) noexcept {
 }
 
 uint32_t decode_key(const Cpu& cpu) noexcept {
-  // 64-bit: 0. Others: mode, flatness, and whether VEX exists (protected mode outside v86).
-  const unsigned mode = machine_mode(cpu);
-  return mode | (cpu.flat ? 8u : 0u) | (cpu.cpl() == 3 ? 16u : 0u);
+  uint32_t k = machine_mode(cpu) | (cpu.flat ? key::flat : 0u) | (cpu.cpl() == 3 ? key::user : 0u);
+  k |= static_cast<uint32_t>(cpu.tlb - cpu.tlb_sets.data()) << key::tlb_shift;
+  if ((cpu.cr0 & cr0::ts) != 0) k |= key::ts;
+  if ((cpu.cr0 & cr0::em) != 0) k |= key::em;
+  if ((cpu.cr4 & cr4::osfxsr) != 0) k |= key::osfxsr;
+  if ((cpu.cr4 & cr4::osxsave) != 0) {
+    if ((cpu.xcr0 & 6) == 6) k |= key::avx;
+    if ((cpu.xcr0 & 0xe6) == 0xe6) k |= key::avx512;
+  }
+  uint16_t fcw = 0;
+  std::memcpy(&fcw, cpu.vector.fx.data(), sizeof fcw);
+  uint32_t mxcsr = 0;
+  std::memcpy(&mxcsr, cpu.vector.fx.data() + 24, sizeof mxcsr);
+  if ((fcw & 0x3f) != 0x3f || (mxcsr & 0x1f80) != 0x1f80) k |= key::fp_unmasked;
+  return k;
+}
+
+void configure_decoder(ZydisDecoder& d, const Features& features) noexcept {
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_AMD_BRANCHES, features.amd_like);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_LZCNT, (features.ext1_ecx & 1u << 5) != 0);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_TZCNT, (features.leaf7_ebx & 1u << 3) != 0);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_WBNOINVD, (features.ext8_ebx & 1u << 9) != 0);
+  ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CLDEMOTE, (features.leaf7_ecx & 1u << 25) != 0);
 }
 
 void Decoder::configure(const Features& features) noexcept {
@@ -123,13 +145,7 @@ void Decoder::configure(const Features& features) noexcept {
   for (unsigned i = 0; i < 5; ++i) {
     ZydisDecoder& d = decoders_[i];
     ZydisDecoderInit(&d, modes[i], widths[i]);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_AMD_BRANCHES, features.amd_like);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_MPX, ZYAN_FALSE);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CET, ZYAN_FALSE);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_LZCNT, (features.ext1_ecx & 1u << 5) != 0);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_TZCNT, (features.leaf7_ebx & 1u << 3) != 0);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_WBNOINVD, (features.ext8_ebx & 1u << 9) != 0);
-    ZydisDecoderEnableMode(&d, ZYDIS_DECODER_MODE_CLDEMOTE, (features.leaf7_ecx & 1u << 25) != 0);
+    configure_decoder(d, features);
   }
 }
 
@@ -166,8 +182,15 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
     op.complex = exchange_r8;
     return Result::ok;
   }
-  if (decode_integer(context, op)) return ends_block(insn) ? Result::last : Result::ok;
-  if (decode_system(context, op)) return Result::last;
+  if (decode_integer(context, op)) {
+    const bool port = insn.meta.category == ZYDIS_CATEGORY_IO || insn.meta.category == ZYDIS_CATEGORY_IOSTRINGOP;
+    if (port) op.flags |= Op::outside;
+    return ends_block(insn) ? Result::last : Result::ok;
+  }
+  if (decode_system(context, op)) {
+    op.flags |= Op::outside;
+    return Result::last;
+  }
   if (decode_vector(context, op)) return Result::ok;
   op.complex = undefined_opcode;
   return Result::undefined;

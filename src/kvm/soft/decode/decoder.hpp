@@ -9,8 +9,17 @@
 
 namespace lodge::kvm::soft {
 
-// The modes that decoding depends on, as a number below 256 (part of a block's identity).
+// The modes that decoding and translating depend on, as a number below 65536 (part of a block's identity).
 uint32_t decode_key(const Cpu& cpu) noexcept;
+namespace key {
+inline constexpr uint32_t mode = 7, flat = 8, user = 0x10;
+inline constexpr unsigned tlb_shift = 5;  // two bits: which TLB set
+inline constexpr uint32_t ts = 0x80, em = 0x100, osfxsr = 0x200, avx = 0x400, avx512 = 0x800,
+                          fp_unmasked = 0x1000;  // some x87 or SIMD exception is not masked
+}  // namespace key
+
+// Sets what encodings mean under the guest's CPUID.
+void configure_decoder(ZydisDecoder& decoder, const Features& features) noexcept;
 
 class Decoder {
  public:

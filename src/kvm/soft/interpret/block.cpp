@@ -1,13 +1,18 @@
 #include "kvm/soft/interpret/block.hpp"
 
+#include "kvm/soft/translate/translation.hpp"
+
 namespace lodge::kvm::soft {
+
+Block::Block() noexcept = default;
+Block::~Block() = default;
 
 Block* BlockCache::insert(std::unique_ptr<Block> block, bool& dropped) {
   const size_t cost = block->ops.size() + block_overhead;
   dropped = ops_ + cost > max_ops;
   if (dropped) clear();
   ops_ += cost;
-  std::unique_ptr<Block>& place = blocks_[block->host << 8 ^ block->key];
+  std::unique_ptr<Block>& place = blocks_[block->host << 16 ^ block->key];
   if (place) {
     ops_ -= place->ops.size() + block_overhead;
     dropped = true;

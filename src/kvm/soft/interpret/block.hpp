@@ -1,6 +1,7 @@
 // A run of decoded instructions of one page (the last may reach into the next), and the vCPU's cache of them.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -11,7 +12,14 @@
 
 namespace lodge::kvm::soft {
 
+class Translation;
+
 struct Block {
+  Block() noexcept;
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
   uint64_t host = 0;  // host address of the first byte: two mappings of one page share their blocks
   uint32_t key = 0;   // the modes that decoding depends on (decode_key())
   uint32_t instructions = 0;
@@ -32,6 +40,12 @@ struct Block {
   Link links[2];
   uint32_t next_link = 0;  // which one to replace
 
+  // What the translator has made of it, by Boundary::index(), and what it should know.
+  std::array<std::unique_ptr<Translation>, 8> code;
+  uint32_t runs = 0;       // by the interpreter
+  uint32_t crossings = 0;  // runs of accesses that met a page's end
+  bool untranslatable = false, runs_are_poor = false;
+
   bool fresh() const noexcept {
     return word[0]->load(std::memory_order_acquire) == word_value[0] &&
            (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
@@ -46,7 +60,7 @@ class BlockCache {
   static constexpr size_t max_ops = (size_t{64} << 20) / sizeof(Op);
 
   Block* find(uint64_t host, uint32_t key) noexcept {
-    const auto it = blocks_.find(host << 8 ^ key);
+    const auto it = blocks_.find(host << 16 ^ key);
     return it == blocks_.end() ? nullptr : it->second.get();
   }
   // `dropped`: pointers to other blocks, got before, are no longer valid.

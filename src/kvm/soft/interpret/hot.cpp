@@ -29,7 +29,7 @@ void alu_op(Cpu& cpu, const Op* op) noexcept {
       if constexpr (writes) {
         const TlbEntry& e = cpu.tlb->at(lin);
         if (__builtin_expect(TlbSet::hit(e.write, lin, sizeof(T)), 1)) {
-          host_store<T>(lin + e.host, alu<A, T>(host_load<T>(lin + e.host), b, f));
+          host_store<T>(e.host_of(lin), alu<A, T>(host_load<T>(e.host_of(lin)), b, f));
         } else {
           if (!slow_load_for_write(cpu, op, lin, sizeof(T))) return;
           const T r = alu<A, T>(static_cast<T>(cpu.scratch), b, f);

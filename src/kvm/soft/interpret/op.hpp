@@ -15,7 +15,8 @@ using Handler = void (*)(Cpu& cpu, const Op* op) noexcept;
 using Complex = Step (*)(Cpu& cpu, const Op& op) noexcept;
 
 struct Op {
-  static constexpr uint8_t lock = 1, rep = 2, repne = 4, has_memory = 8, count_in_cl = 0x10;
+  static constexpr uint8_t lock = 1, rep = 2, repne = 4, has_memory = 8, count_in_cl = 0x10,
+                           outside = 0x20;  // what it does or reads lies outside registers and RAM
 
   Handler handler = nullptr;
   Complex complex = nullptr;

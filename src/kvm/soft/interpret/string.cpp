@@ -81,7 +81,7 @@ Step movs(Cpu& cpu, const Op& op) noexcept {
         TlbSet::hit(target.write, to, op.size)) {
       const uint64_t items =
           std::min({left, items_in_page(cpu, from, op.size), items_in_page(cpu, to, op.size)});
-      copy_up(to + target.host, from + source.host, items * op.size, op.size);
+      copy_up(target.host_of(to), source.host_of(from), items * op.size, op.size);
       advance(cpu, op, rsi, items * op.size);
       advance(cpu, op, rdi, items * op.size);
       count_down(cpu, op, items);
@@ -106,7 +106,7 @@ Step stos(Cpu& cpu, const Op& op) noexcept {
     uint64_t items = 1;
     if (may_run(cpu, op) && TlbSet::hit(target.write, to, op.size)) {
       items = std::min(left, items_in_page(cpu, to, op.size));
-      uint64_t host = to + target.host;
+      uint64_t host = target.host_of(to);
       uint64_t count = items;
       switch (op.size) {
         case 1: asm volatile("rep stosb" : "+D"(host), "+c"(count) : "a"(cpu.gpr[rax]) : "memory"); break;

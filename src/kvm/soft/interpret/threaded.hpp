@@ -60,7 +60,7 @@ template <Ea E>
   T value;                                                              \
   if (const TlbEntry& e_##value = cpu.tlb->at(lin);                     \
       __builtin_expect(TlbSet::hit(e_##value.read, lin, sizeof(T)), 1)) \
-    value = host_load<T>((lin) + e_##value.host);                       \
+    value = host_load<T>(e_##value.host_of(lin));                       \
   else {                                                                \
     if (!slow(cpu, op, lin, sizeof(T))) return;                         \
     value = static_cast<T>(cpu.scratch);                                \
@@ -69,7 +69,7 @@ template <Ea E>
 #define LODGE_STORE_BY(slow, T, value, lin)                            \
   if (const TlbEntry& e_store = cpu.tlb->at(lin);                      \
       __builtin_expect(TlbSet::hit(e_store.write, lin, sizeof(T)), 1)) \
-    host_store<T>((lin) + e_store.host, value);                        \
+    host_store<T>(e_store.host_of(lin), value);                        \
   else if (!slow(cpu, op, lin, sizeof(T), value))                      \
     return;
 

@@ -26,13 +26,13 @@ bool Cpu::prepare_write(Slot& slot, uint64_t gpa) noexcept {
 
 uint8_t* Cpu::resolve(uint64_t linear, Access access, unsigned view, uint64_t& gpa, bool& failed) noexcept {
   failed = false;
-  TlbSet& set = (*tlb_sets)[view];
+  TlbSet& set = tlb_sets[view];
   TlbEntry& entry = set.at(linear);
   const uint64_t page = linear & ~page_mask;
   const uint64_t tag = access == Access::read    ? entry.read
                        : access == Access::write ? entry.write
                                                  : entry.fetch;
-  if (tag == page) return reinterpret_cast<uint8_t*>(linear + entry.host);
+  if (tag == page) return reinterpret_cast<uint8_t*>(entry.host_of(linear));
 
   Translation t;
   if (!translate(linear, access, view, t)) {
@@ -48,9 +48,9 @@ uint8_t* Cpu::resolve(uint64_t linear, Access access, unsigned view, uint64_t& g
   }
   const unsigned i = TlbSet::index(linear);
   const uint64_t host = reinterpret_cast<uint64_t>(slot->host) + (gpa - slot->gpa);
-  if (set.page[i] != page || entry.host != host - linear) set.clear(i);
+  if (set.page[i] != page || entry.host != (host & ~page_mask)) set.clear(i);
   set.page[i] = page;
-  entry.host = host - linear;
+  entry.host = host & ~page_mask;
   if (access == Access::fetch) {
     entry.fetch = page;
   } else {
@@ -88,15 +88,29 @@ bool Cpu::check_explicit(uint64_t linear, unsigned size, bool write) noexcept {
   return true;
 }
 
+void WriteJournal::note(uint64_t host, unsigned size) noexcept {
+  while (size > 0) {
+    const unsigned part = std::min(size, 64u);
+    Entry& entry = entries.emplace_back();
+    entry.host = host;
+    entry.size = part;
+    host_read(host, entry.before.data(), part);
+    host += part;
+    size -= part;
+  }
+}
+
 bool Cpu::access_part(uint64_t linear, void* data, unsigned size, Access access, unsigned view) noexcept {
   uint64_t gpa = 0;
   bool failed = false;
   const uint8_t* host = resolve(linear, access, view, gpa, failed);
   if (host == nullptr) return !failed && platform_.mmio(gpa, data, size, access == Access::write);
-  if (access == Access::write)
+  if (access == Access::write) {
+    if (journal != nullptr) journal->note(reinterpret_cast<uint64_t>(host), size);
     host_write(reinterpret_cast<uint64_t>(host), data, size);
-  else
+  } else {
     host_read(reinterpret_cast<uint64_t>(host), data, size);
+  }
   return true;
 }
 
@@ -177,7 +191,29 @@ uint8_t* Cpu::host_for_write(uint64_t linear, unsigned size) noexcept {
   if (page_size - (linear & page_mask) < size) return nullptr;
   uint64_t gpa = 0;
   bool failed = false;
-  return resolve(linear, Access::write, view(), gpa, failed);
+  uint8_t* const host = resolve(linear, Access::write, view(), gpa, failed);
+  if (host != nullptr && journal != nullptr) journal->note(reinterpret_cast<uint64_t>(host), size);
+  return host;
+}
+
+bool Cpu::fill_tlb(uint64_t linear, bool write) noexcept {
+  if (alignment_checks || watchpoints) return false;
+  if (mode_ == Mode::bits64 && !canonical(linear)) return false;
+  uint64_t gpa = 0;
+  bool failed = false;
+  const bool filled = resolve(linear, write ? Access::write : Access::read, view(), gpa, failed) != nullptr;
+  if (failed) {
+    pending.valid = false;
+    run_alone = false;
+  }
+  const TlbEntry& entry = tlb->at(linear);
+  return filled && (write ? entry.write : entry.read) == (linear & ~page_mask);
+}
+
+bool Cpu::in_global_page(uint64_t linear) const noexcept {
+  const unsigned i = TlbSet::index(linear);
+  const TlbSet& set = tlb_sets[cpl_ == 3 ? 0 : view()];
+  return set.page[i] == (linear & ~page_mask) && (set.global[i / 64] >> i % 64 & 1) != 0;
 }
 
 bool Cpu::read_physical(uint64_t gpa, void* out, unsigned size) noexcept {

@@ -4,7 +4,7 @@
 
 namespace lodge::kvm::soft {
 
-Slot::Slot(const kvm_userspace_memory_region& region, std::atomic<uint32_t>& code_epoch)
+Slot::Slot(const kvm_userspace_memory_region& region, CodeWatch& watch)
     : id(region.slot),
       gpa(region.guest_phys_addr),
       size(region.memory_size),
@@ -12,7 +12,7 @@ Slot::Slot(const kvm_userspace_memory_region& region, std::atomic<uint32_t>& cod
       read_only((region.flags & KVM_MEM_READONLY) != 0),
       log_dirty((region.flags & KVM_MEM_LOG_DIRTY_PAGES) != 0),
       code(std::make_unique<std::atomic<uint32_t>[]>(size >> page_shift)),
-      code_epoch_(code_epoch) {
+      watch_(watch) {
   if (log_dirty) dirty = std::make_unique<std::atomic<uint64_t>[]>((size >> page_shift) / 64 + 1);
 }
 
@@ -20,7 +20,8 @@ void Slot::invalidate(uint64_t page) noexcept {
   uint32_t word = code[page].load();
   while ((word & has_code) != 0)
     if (code[page].compare_exchange_weak(word, (word & ~has_code) + 2)) {
-      code_epoch_.fetch_add(1);
+      watch_.epoch.fetch_add(1);
+      watch_.code_changed();
       return;
     }
 }

@@ -13,11 +13,22 @@
 
 namespace lodge::kvm::soft {
 
+// Counts the times that pages of code were written to, in all slots of a VM, and tells who runs code.
+class CodeWatch {
+ public:
+  CodeWatch() = default;
+  CodeWatch(const CodeWatch&) = delete;
+  CodeWatch& operator=(const CodeWatch&) = delete;
+  std::atomic<uint32_t> epoch{0};
+  virtual ~CodeWatch() = default;
+  virtual void code_changed() noexcept {}  // any thread
+};
+
 // One memory slot with what the accelerator keeps about each of its pages.
 class Slot {
  public:
-  // `code_epoch`: of the VM, counts invalidations in all slots; outlives the slot.
-  Slot(const kvm_userspace_memory_region& region, std::atomic<uint32_t>& code_epoch);
+  // `watch`: of the VM; outlives the slot.
+  Slot(const kvm_userspace_memory_region& region, CodeWatch& watch);
 
   const uint32_t id;
   const uint64_t gpa, size;
@@ -45,7 +56,7 @@ class Slot {
   void invalidate(uint64_t page) noexcept;
 
  private:
-  std::atomic<uint32_t>& code_epoch_;
+  CodeWatch& watch_;
 };
 
 class MemoryMap {

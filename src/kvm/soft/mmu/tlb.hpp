@@ -17,7 +17,8 @@ struct TlbEntry {
   uint64_t write =
       0;  // empty for read-only, clean-and-logged, and code pages: their writes take the slow path
   uint64_t fetch = 0;
-  uint64_t host = 0;  // host address = linear + host
+  uint64_t host = 0;  // host address of the page
+  uint64_t host_of(uint64_t linear) const noexcept { return host + (linear & page_mask); }
 };
 
 struct TlbSet {

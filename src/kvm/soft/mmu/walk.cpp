@@ -223,22 +223,32 @@ bool Cpu::translate_debug(uint64_t linear, uint64_t& gpa, bool& is_writable, boo
 }
 
 void Cpu::flush_tlb(bool keep_global) noexcept {
-  for (TlbSet& set : *tlb_sets) set.flush(keep_global && (cr4 & cr4::pge) != 0);
+  const bool keep = keep_global && (cr4 & cr4::pge) != 0;
+  for (TlbSet& set : tlb_sets) set.flush(keep);
   ++flushes;
+  user_code_flushed = true;
+  if (!keep || supervisor_code_is_local) supervisor_code_flushed = true;
 }
 
 void Cpu::flush_page(uint64_t linear) noexcept {
-  for (TlbSet& set : *tlb_sets) {
+  bool large = false;
+  for (TlbSet& set : tlb_sets) {
     set.clear(TlbSet::index(linear));
     // A large page is entered 4 KiB at a time, and INVLPG of any address in it drops it whole. Its size is
     // not kept: the biggest, 1 GiB, is assumed.
     for (unsigned word = 0; word < set.large.size(); ++word)
       for (uint64_t left = set.large[word]; left != 0; left &= left - 1) {
         const unsigned i = word * 64 + static_cast<unsigned>(__builtin_ctzll(left));
-        if ((set.page[i] ^ linear) >> 30 == 0) set.clear(i);
+        if ((set.page[i] ^ linear) >> 30 == 0) {
+          large = true;
+          set.clear(i);
+        }
       }
   }
   ++flushes;
+  if (large || user_code_pages.contains(linear >> page_shift) ||
+      supervisor_code_pages.contains(linear >> page_shift))
+    user_code_flushed = supervisor_code_flushed = true;
 }
 
 }  // namespace lodge::kvm::soft

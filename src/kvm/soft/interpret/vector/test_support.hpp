@@ -95,7 +95,7 @@ struct TestMachine {
   std::vector<uint8_t> ram;
   uint8_t* host = nullptr;
   QuietPlatform platform;
-  std::atomic<uint32_t> code_epoch{0};
+  CodeWatch code_epoch;
   MemoryMap map;
   Cpu cpu{platform, 0};
   Decoder decoder;

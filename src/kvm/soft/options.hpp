@@ -1,0 +1,20 @@
+// How the soft accelerator runs guests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace lodge::kvm::soft {
+
+enum class Engine : uint8_t {
+  translate,  // host code for what runs often, the interpreter for the rest
+  interpret,  // the interpreter alone: the reference
+  lockstep,   // every translated block is run by both, and the VM stops where they differ
+};
+
+struct Options {
+  Engine engine = Engine::translate;
+  size_t code_cache = size_t{64} << 20;  // bytes of host code for each vCPU, at most; at least 1 MiB
+};
+
+}  // namespace lodge::kvm::soft

@@ -1,0 +1,109 @@
+// Makes the host code of one block.
+#pragma once
+
+#include <vector>
+
+#include "kvm/soft/translate/copy.hpp"
+#include "kvm/soft/translate/translator.hpp"
+
+namespace lodge::kvm::soft {
+
+class UnitEmitter {
+ public:
+  UnitEmitter(Translator& translator, Translation& translation, uint8_t* begin, uint8_t* end) noexcept;
+  // False: the block is not one for the translator. Fills begin, end, sites, exits and faults.
+  bool emit() noexcept;
+
+ private:
+  // --- what is known at the point of emission
+  struct Flow {
+    bool native_flags, stored_flags;  // where the arithmetic flags are; neither: dead
+    uint8_t level;
+    int32_t rsp;  // what has been added to the guest's RSP and is not in Cpu::gpr yet
+  };
+  // Accesses off one base register within a page, by one look-up: scratch0 holds the host address of
+  // base + disp until the op `last` is done.
+  struct Run {
+    bool active = false;
+    unsigned last = 0;
+    uint8_t base = gpr_zero;
+    int64_t disp = 0;
+    std::vector<Site*> sites;  // of the look-up, and of instructions that may fault natively
+  };
+  struct Access {
+    uint8_t base = gpr_zero, index = gpr_zero, scale = 0, segment = seg_none;
+    int64_t disp = 0;
+    unsigned size = 0;
+    bool write = false, narrow = false;
+  };
+  struct Stub {
+    uint8_t* displacement;     // of the jump to it; null: an exit's
+    Stubs::Call call;
+    void* argument;
+    Boundary boundary;
+    bool untag;                // R10 is a tagged target
+  };
+
+  bool analyse_block() noexcept;
+  void find_live_flags() noexcept;
+  void emit_one(unsigned n) noexcept;
+  void emit_kind(const Instruction& i, unsigned n) noexcept;
+  void emit_stubs() noexcept;
+
+  void emit_copy(const Instruction& i, unsigned n) noexcept;
+  void emit_memory(const Instruction& i, unsigned n) noexcept;
+  void emit_address(const Instruction& i) noexcept;
+  void emit_push(const Instruction& i, unsigned n) noexcept;
+  void emit_pop(const Instruction& i, unsigned n) noexcept;
+  void emit_leave(const Instruction& i, unsigned n) noexcept;
+  void emit_call(const Instruction& i, unsigned n) noexcept;
+  void emit_call_indirect(const Instruction& i, unsigned n) noexcept;
+  void emit_ret(const Instruction& i, unsigned n) noexcept;
+  void emit_jump_indirect(const Instruction& i, unsigned n) noexcept;
+  void emit_branch(const Instruction& i) noexcept;
+  void emit_complex(unsigned n) noexcept;
+
+  // Memory: afterwards scratch0 + result is the host address.
+  bool access_of(const Instruction& i, Access& access, int32_t rsp) const noexcept;
+  int64_t reach(const Access& access, unsigned n) noexcept;
+  void plan_run(const Access& access, unsigned n) noexcept;
+  void look_up(const Access& access, unsigned n, unsigned last) noexcept;
+  void effective_address(const Access& access) noexcept;
+  void push_return_address(const Instruction& i, int64_t disp) noexcept;
+
+  void need_native_flags(const Instruction& i, unsigned n) noexcept;
+  void store_flags() noexcept;
+  void commit_rsp() noexcept;
+  void raise_level(uint8_t level) noexcept;
+  void check_requests(unsigned n) noexcept;
+  bool bind(const Instruction& i, Standins& standins) noexcept;
+  void write_back(const Instruction& i, const Standins& standins) noexcept;
+  // scratch register <- value of a guest register
+  void load_guest(unsigned scratch, unsigned guest) noexcept;
+  void exit_to(int64_t offset) noexcept;
+  DirectExit& new_exit(int64_t offset) noexcept;
+  void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
+  Boundary boundary() const noexcept;
+  Site& new_site(unsigned n, unsigned last) noexcept;
+  void finish_run(unsigned n) noexcept;
+  Stub& add_stub(uint8_t* displacement, Stubs::Call call, void* argument, Boundary boundary) noexcept;
+
+  Translator& translator_;
+  Translation& t_;
+  const Block& block_;
+  const StateOffsets& o_;
+  Emitter e_;
+  uint8_t* const limit_;
+  const bool wide_;      // 64-bit code
+  const int64_t start_;  // offset of the block in its page
+  Flow flow_;
+  Run run_;
+  std::vector<Instruction>& code_;
+  std::vector<Flags> live_;  // before each instruction, and at the end
+  std::vector<Stub> stubs_;
+  bool wants_check_ = false;  // some branch goes back: look at the request word
+  bool ended_ = false;        // the last instruction was a branch
+  bool failed_ = false;
+};
+
+}  // namespace lodge::kvm::soft
