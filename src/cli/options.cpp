@@ -68,7 +68,8 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--engine", raw.engine, "of the soft accelerator: translate, interpret or lockstep (both)")
       ->type_name("NAME")
       ->capture_default_str();
-  run->add_option("--code-cache", raw.code_cache, "of the soft accelerator: host code a CPU may hold, at most")
+  run->add_option("--code-cache", raw.code_cache,
+                  "of the soft accelerator: host code a CPU may hold, at most")
       ->type_name("SIZE")
       ->capture_default_str();
   run->add_option("--cpu", raw.cpu, "processor model: host or x86-64-v1 to -v4")

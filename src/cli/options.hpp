@@ -39,8 +39,8 @@ std::string completion_script(const std::string& shell);
 namespace detail {
 // The options as text, before their values are understood.
 struct RawOptions {
-  std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate", code_cache = "64M", cpu = "host", name = "lodge",
-                              shell;
+  std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
+                              code_cache = "64M", cpu = "host", name = "lodge", shell;
   std::vector<std::string> initrds, serial, devices;
   bool no_reboot = false, stats = false, run_json = false, doctor_json = false;
 };

@@ -126,7 +126,8 @@ kvm::soft::Engine parse_engine(std::string_view option, std::string_view text) {
 size_t parse_code_cache(std::string_view option, std::string_view text) {
   const uint64_t size = parse_size(option, text);
   // Host code reaches all of the cache by 32-bit displacements.
-  if (size < 1ull << 20 || size > 1ull << 30) usage_error("{}: {} is out of range; give 1M to 1G", option, text);
+  if (size < 1ull << 20 || size > 1ull << 30)
+    usage_error("{}: {} is out of range; give 1M to 1G", option, text);
   return size;
 }
 

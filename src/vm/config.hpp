@@ -36,7 +36,7 @@ struct VmConfig {
   unsigned cpus = 1;
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
   Accelerator accelerator = Accelerator::automatic;
-  kvm::soft::Options soft;  // of the soft accelerator
+  kvm::soft::Options soft;   // of the soft accelerator
   std::string cpu = "host";  // a name of cpu_models()
   std::vector<SerialConfig> serial = {{SerialConfig::Kind::stdio, {}}};
   std::vector<DeviceConfig> devices;

@@ -94,7 +94,7 @@ void Contract::needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, u
 }
 
 Guest::Guest(kvm::System& system, const std::string& accelerator, const GuestConfig& config)
-    : soft_(accelerator == "soft"), ram_(Mapping::anonymous(config.ram)), vm_(system.create_vm()) {
+    : soft_(accelerator != "kvm"), ram_(Mapping::anonymous(config.ram)), vm_(system.create_vm()) {
   vm_->set_tss_addr(0xfffbd000);
   vm_->set_user_memory_region({.slot = 0,
                                .flags = 0,
@@ -108,6 +108,8 @@ Guest::Guest(kvm::System& system, const std::string& accelerator, const GuestCon
     cap.args[0] = 24;
     vm_->enable_cap(cap);
   }
+  if (accelerator == "lockstep" && config.vcpus > 1)
+    throw Unable("lockstep compares the runs of one vCPU only");
   for (unsigned id = 0; id < config.vcpus; ++id) {
     vcpus_.push_back(vm_->create_vcpu(id));
     auto cpuid = system.supported_cpuid();

@@ -47,7 +47,8 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
   }
   reset_cpu(cpu_, false);
   if (engine_ != Engine::interpret)
-    translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this), vm.options().code_cache);
+    translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this),
+                                               vm.options().code_cache);
 }
 
 SoftVcpu::~SoftVcpu() {
@@ -326,7 +327,8 @@ Outcome SoftVcpu::run_blocks() noexcept {
       block = nullptr;
       continue;
     }
-    if (translator_ && cpu_.mode() != Mode::bits16 && translator_->run(*block)) {
+    // A deadline that is near is looked at between blocks, which host code has not.
+    if (translator_ && cpu_.mode() != Mode::bits16 && !timer_->near() && translator_->run(*block)) {
       if (cpu_.stops != 0 || cpu_.pending.valid || fetch_failed_) return after_stop();
       if (translator_->full()) {
         blocks_.clear();

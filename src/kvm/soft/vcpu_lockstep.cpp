@@ -39,7 +39,8 @@ std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& jou
   differ("rip", wanted.state.rip, cpu_.rip);
   differ("exception", wanted.pending.valid, cpu_.pending.valid);
   if (wanted.pending.valid && cpu_.pending.valid) {
-    differ("vector", static_cast<uint64_t>(wanted.pending.vector), static_cast<uint64_t>(cpu_.pending.vector));
+    differ("vector", static_cast<uint64_t>(wanted.pending.vector),
+           static_cast<uint64_t>(cpu_.pending.vector));
     differ("error code", wanted.pending.error, cpu_.pending.error);
     differ("CR2 or DR6", wanted.pending.payload, cpu_.pending.payload);
   } else {
@@ -56,9 +57,10 @@ std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& jou
     uint8_t now[64];
     host_read(entry.host, now, entry.size);
     if (std::memcmp(now, entry.after.data(), entry.size) != 0)
-      text += fmt::format("\n  memory at host {:#x}, {} bytes: interpreted {:02x}, translated {:02x}", entry.host,
-                          entry.size, fmt::join(entry.after.data(), entry.after.data() + entry.size, " "),
-                          fmt::join(now, now + entry.size, " "));
+      text +=
+          fmt::format("\n  memory at host {:#x}, {} bytes: interpreted {:02x}, translated {:02x}", entry.host,
+                      entry.size, fmt::join(entry.after.data(), entry.after.data() + entry.size, " "),
+                      fmt::join(now, now + entry.size, " "));
   }
   return text;
 }
@@ -82,7 +84,8 @@ bool SoftVcpu::run_both(Block& block) noexcept {
   const uint32_t key = cpu_.decode_key;
   WriteJournal journal;
   cpu_.journal = &journal;
-  TlbSet* const tlb = std::exchange(cpu_.tlb, &cpu_.tlb_sets[3]);  // every access by the slow path, which logs
+  TlbSet* const tlb =
+      std::exchange(cpu_.tlb, &cpu_.tlb_sets[3]);  // every access by the slow path, which logs
   interpret();
   if (cpu_.tlb == &cpu_.tlb_sets[3]) cpu_.tlb = tlb;
   cpu_.journal = nullptr;
@@ -97,7 +100,8 @@ bool SoftVcpu::run_both(Block& block) noexcept {
   // A request ends host code early, on purpose.
   if (!translator_->run_once(block) || cpu_.stops != 0 || wants_attention()) {
     cpu_.stops = 0;
-    for (const WriteJournal::Entry& entry : journal.entries) host_write(entry.host, entry.after.data(), entry.size);
+    for (const WriteJournal::Entry& entry : journal.entries)
+      host_write(entry.host, entry.after.data(), entry.size);
     static_cast<CpuState&>(cpu_) = wanted->state;
     cpu_.pending = wanted->pending;
     return true;
@@ -112,8 +116,11 @@ bool SoftVcpu::run_both(Block& block) noexcept {
     code += fmt::format("\n  {:#x}: {:02x}", start + op.offset, fmt::join(bytes, bytes + op.length, " "));
   }
   std::string registers;
-  for (unsigned i = 0; i < 16; ++i) registers += fmt::format("{}{} {:#x}", i % 4 == 0 ? "\n  " : ", ", names[i], before->gpr[i]);
-  fmt::print(stderr, "lockstep: vCPU {} at {:#x}, mode {:#x}: the tiers differ{}\nblock:{}\nregisters before:{}\n  flags {:#x}\n",
+  for (unsigned i = 0; i < 16; ++i)
+    registers += fmt::format("{}{} {:#x}", i % 4 == 0 ? "\n  " : ", ", names[i], before->gpr[i]);
+  fmt::print(stderr,
+             "lockstep: vCPU {} at {:#x}, mode {:#x}: the tiers differ{}\nblock:{}\nregisters before:{}\n  "
+             "flags {:#x}\n",
              id_, start, block.key, text, code, registers, before->arith);
   return false;
 }

@@ -59,6 +59,7 @@ kvm_fpu SoftVcpu::fpu() {
 
 void SoftVcpu::set_fpu(const kvm_fpu& fpu) {
   check(soft::set_fpu(cpu_.vector, fpu) ? 0 : EINVAL, "KVM_SET_FPU: MXCSR has reserved bits");
+  cpu_.fp_control_changed();
 }
 
 kvm_xsave SoftVcpu::xsave() {
@@ -71,6 +72,7 @@ void SoftVcpu::set_xsave(const kvm_xsave& xsave) {
   const std::span<const uint8_t> area{reinterpret_cast<const uint8_t*>(xsave.region), sizeof xsave.region};
   check(soft::set_xsave(cpu_.vector, area, supported_xcr0()) ? 0 : EINVAL,
         "KVM_SET_XSAVE: reserved bits, or components that this host does not have");
+  cpu_.fp_control_changed();
 }
 
 kvm_xcrs SoftVcpu::xcrs() {
@@ -78,6 +80,7 @@ kvm_xcrs SoftVcpu::xcrs() {
 }
 void SoftVcpu::set_xcrs(const kvm_xcrs& xcrs) {
   check(soft::set_xcrs(cpu_, xcrs), "KVM_SET_XCRS: the value is not allowed by the guest's CPUID");
+  cpu_.state_changed();
 }
 
 kvm_debugregs SoftVcpu::debugregs() {

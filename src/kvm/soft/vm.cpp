@@ -174,7 +174,8 @@ std::unique_ptr<Vcpu> SoftVm::create_vcpu(unsigned id) {
   for (const SoftVcpu* vcpu : vcpus_)
     if (vcpu->id() == id) throw_errno(EEXIST, fmt::format("vCPU {} exists already", id));
   if (options_.engine == Engine::lockstep && !vcpus_.empty())
-    throw_errno(EINVAL, "the lockstep engine compares the runs of one vCPU, which others would disturb; use one CPU");
+    throw_errno(EINVAL,
+                "the lockstep engine compares the runs of one vCPU, which others would disturb; use one CPU");
   auto vcpu = std::make_unique<SoftVcpu>(*this, id);
   vcpus_.push_back(vcpu.get());
   const std::lock_guard peers(peers_mutex_);

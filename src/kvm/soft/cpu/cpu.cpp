@@ -6,8 +6,7 @@
 
 namespace lodge::kvm::soft {
 
-Cpu::Cpu(Platform& platform, unsigned id)
-    : platform_(platform), id_(id) {
+Cpu::Cpu(Platform& platform, unsigned id) : platform_(platform), id_(id) {
   tlb = &tlb_sets[1];
 }
 
@@ -76,6 +75,10 @@ void Cpu::state_changed() noexcept {
   tlb = &tlb_sets[watchpoints || alignment_checks ? 3 : view()];
   decode_key = soft::decode_key(*this);
   slow = (system_flags & flag::tf) != 0 || code_breakpoints || debug_step;
+}
+
+void Cpu::fp_control_changed() noexcept {
+  decode_key = soft::decode_key(*this);
 }
 
 uint64_t Cpu::this_rip(const Op& op) const noexcept {

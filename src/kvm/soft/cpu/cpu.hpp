@@ -70,7 +70,7 @@ inline constexpr uint32_t memory =
 inline constexpr uint32_t clock = 0x80;    // update the kvmclock page
 inline constexpr uint32_t timer = 0x200;   // the LAPIC timer's deadline is near
 inline constexpr uint32_t unhalt = 0x100;  // end the HLT (KVM_HC_KICK_CPU)
-inline constexpr uint32_t code = 0x400;     // a page of code was written to
+inline constexpr uint32_t code = 0x400;    // a page of code was written to
 }  // namespace request
 
 // Writes to RAM of one run of a block, so that they can be undone (the lockstep engine).
@@ -123,6 +123,8 @@ class Cpu : public CpuState {
   // To be called after CS, SS/DS/ES, CR0, CR4, EFER, RFLAGS.VM/AC/TF or DR7 changed: derives mode, TLB set,
   // flatness and slow stepping. Does not flush the TLB.
   void state_changed() noexcept;
+  // The part of it for changes of the x87 control word and MXCSR.
+  void fp_control_changed() noexcept;
 
   // RIP of the instruction `op` and of the one behind it (truncated to the mode's width). Valid in handlers.
   uint64_t this_rip(const Op& op) const noexcept;

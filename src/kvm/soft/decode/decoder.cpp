@@ -183,7 +183,8 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
     return Result::ok;
   }
   if (decode_integer(context, op)) {
-    const bool port = insn.meta.category == ZYDIS_CATEGORY_IO || insn.meta.category == ZYDIS_CATEGORY_IOSTRINGOP;
+    const bool port =
+        insn.meta.category == ZYDIS_CATEGORY_IO || insn.meta.category == ZYDIS_CATEGORY_IOSTRINGOP;
     if (port) op.flags |= Op::outside;
     return ends_block(insn) ? Result::last : Result::ok;
   }

@@ -13,7 +13,6 @@ struct Fields {
   unsigned reg = 0, rm = 0, vvvv = 0;
 };
 
-
 Fields fields_of(const Instruction& i, const Standins& standins, bool memory) noexcept {
   Fields f;
   const ZydisDecodedInstruction& insn = i.insn;
@@ -25,7 +24,8 @@ Fields fields_of(const Instruction& i, const Standins& standins, bool memory) no
     const bool gpr = is_gpr(o.reg.value);
     // High bytes keep their numbers 4 to 7; everything else has its register's.
     const bool high = o.reg.value >= ZYDIS_REGISTER_AH && o.reg.value <= ZYDIS_REGISTER_BH;
-    unsigned number = gpr ? gpr_offset(o.reg.value) / 8u : static_cast<unsigned>(ZydisRegisterGetId(o.reg.value));
+    unsigned number =
+        gpr ? gpr_offset(o.reg.value) / 8u : static_cast<unsigned>(ZydisRegisterGetId(o.reg.value));
     if (high)
       number += 4;
     else if (gpr)

@@ -123,25 +123,24 @@ class Emitter {
     state_operand(4, disp);
   }
   static void patch(uint8_t* displacement, const void* target) noexcept {
-    const auto relative =
-        static_cast<int32_t>(static_cast<const uint8_t*>(target) - (displacement + 4));
+    const auto relative = static_cast<int32_t>(static_cast<const uint8_t*>(target) - (displacement + 4));
     std::memcpy(displacement, &relative, 4);
   }
 
   // Keep the arithmetic flags in `home` (as Cpu::arith has them); RAX is saved in `temp`.
   void save_flags(int64_t home, unsigned temp) noexcept {
     move(temp, 0);
-    u8(0x9f);                         // lahf
-    u8(0x0f), u8(0x90), u8(0xc0);     // seto al
-    u8(0x66);                         // mov [home], ax
+    u8(0x9f);                      // lahf
+    u8(0x0f), u8(0x90), u8(0xc0);  // seto al
+    u8(0x66);                      // mov [home], ax
     state(0x89, 0, home, false);
     move(0, temp);
   }
   void load_flags(int64_t home, unsigned temp) noexcept {
     move(temp, 0);
-    state(0x0fb7, 0, home, false);    // movzx eax, word [home]
-    u8(0x04), u8(0x7f);               // add al, 127
-    u8(0x9e);                         // sahf
+    state(0x0fb7, 0, home, false);  // movzx eax, word [home]
+    u8(0x04), u8(0x7f);             // add al, 127
+    u8(0x9e);                       // sahf
     move(0, temp);
   }
 
@@ -154,8 +153,8 @@ class Emitter {
     u32(0);
     return at_ - 4;
   }
-  void memory_operand(unsigned reg, unsigned base, bool has_base, unsigned index, bool has_index, unsigned scale,
-                      int64_t disp) noexcept {
+  void memory_operand(unsigned reg, unsigned base, bool has_base, unsigned index, bool has_index,
+                      unsigned scale, int64_t disp) noexcept {
     const bool sib = has_index || !has_base || (base & 7) == 4;
     unsigned mod = 2;
     if (!has_base)

@@ -166,7 +166,8 @@ unsigned vector_level(const Cpu& cpu, const Instruction& i) noexcept {
   const Complex run = i.op->complex;
   const bool stub = run == simd::run_vector || run == simd::run_vector_fp || run == simd::run_mmx ||
                     run == simd::run_x87 || run == simd::run_vzeroupper;
-  if (!stub || (cpu.decode_key & key::fp_unmasked) != 0 || (cpu.decode_key & (key::ts | key::em)) != 0) return 0;
+  if (!stub || (cpu.decode_key & key::fp_unmasked) != 0 || (cpu.decode_key & (key::ts | key::em)) != 0)
+    return 0;
   const ZydisDecodedInstruction& insn = i.insn;
   if (run == simd::run_x87) return is_plain_x87(insn.mnemonic) ? 3 : 0;
   if ((cpu.decode_key & key::osfxsr) == 0) return 0;
@@ -275,7 +276,8 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
   const ZydisDecodedInstruction& insn = i.insn;
   if (is_prefetch(insn)) return Kind::nothing;
   if (insn.mnemonic == ZYDIS_MNEMONIC_LEA) {
-    const bool known = i.op->address_size >= 4 && i.op->size >= 4 && i.op->disp == static_cast<int32_t>(i.op->disp);
+    const bool known =
+        i.op->address_size >= 4 && i.op->size >= 4 && i.op->disp == static_cast<int32_t>(i.op->disp);
     return known ? Kind::address : Kind::complex;
   }
   if (is_plain_integer(insn.mnemonic) || is_condition(insn)) {
@@ -342,9 +344,9 @@ Kind branch_kind(const Cpu& cpu, Instruction& i) noexcept {
     default: break;
   }
   // Jcc, but not JRCXZ and LOOP.
-  const bool condition =
-      insn.meta.category == ZYDIS_CATEGORY_COND_BR &&
-      (insn.opcode_map == ZYDIS_OPCODE_MAP_0F || (insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && insn.opcode < 0x80));
+  const bool condition = insn.meta.category == ZYDIS_CATEGORY_COND_BR &&
+                         (insn.opcode_map == ZYDIS_OPCODE_MAP_0F ||
+                          (insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && insn.opcode < 0x80));
   return condition ? Kind::branch : Kind::complex;
 }
 
@@ -375,7 +377,8 @@ bool translator_decoder(const Cpu& cpu, ZydisDecoder& decoder) noexcept {
   if (cpu.mode() == Mode::bits64)
     ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
   else if (cpu.mode() == Mode::bits32 && cpu.flat && cpu.segment[seg_cs].base == 0)
-    ZydisDecoderInit(&decoder, cpu.long_mode() ? ZYDIS_MACHINE_MODE_LONG_COMPAT_32 : ZYDIS_MACHINE_MODE_LEGACY_32,
+    ZydisDecoderInit(&decoder,
+                     cpu.long_mode() ? ZYDIS_MACHINE_MODE_LONG_COMPAT_32 : ZYDIS_MACHINE_MODE_LEGACY_32,
                      ZYDIS_STACK_WIDTH_32);
   else
     return false;
@@ -383,8 +386,8 @@ bool translator_decoder(const Cpu& cpu, ZydisDecoder& decoder) noexcept {
   return true;
 }
 
-void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, unsigned available, const Op& op,
-             Instruction& out) noexcept {
+void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, unsigned available,
+             const Op& op, Instruction& out) noexcept {
   out.op = &op;
   out.kind = Kind::complex;
   out.reads = out.writes = out.replaces = no_flags;
@@ -393,7 +396,8 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
   out.memory_size = out.level = 0;
   std::copy_n(bytes, available, out.bytes.begin());
   if (op.complex == undefined_opcode ||
-      !ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder, out.bytes.data(), available, &out.insn, out.operands.data())) ||
+      !ZYAN_SUCCESS(
+          ZydisDecoderDecodeFull(&decoder, out.bytes.data(), available, &out.insn, out.operands.data())) ||
       out.insn.length != op.length) {
     out.reads = all_flags;
     return;

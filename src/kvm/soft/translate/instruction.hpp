@@ -43,9 +43,9 @@ struct Instruction {
   Flags replaces = no_flags;  // flags that it certainly defines, whatever they were
 
   // Registers that live in memory among the explicit operands (not in the address): at most two differ.
-  uint16_t operand_registers = 0;   // a bit for each guest register among the operands
-  uint16_t written_registers = 0;   // a bit for each that it changes, hidden operands included
-  uint16_t address_registers = 0;   // base and index of the memory operand
+  uint16_t operand_registers = 0;  // a bit for each guest register among the operands
+  uint16_t written_registers = 0;  // a bit for each that it changes, hidden operands included
+  uint16_t address_registers = 0;  // base and index of the memory operand
 
   bool memory_read = false, memory_write = false;
   uint8_t memory_size = 0;
@@ -57,8 +57,8 @@ struct Instruction {
 };
 
 // Analyses the instruction at `bytes`, decoded before as `op`. `cpu` gives mode and enabled features.
-void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, unsigned available, const Op& op,
-             Instruction& out) noexcept;
+void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, unsigned available,
+             const Op& op, Instruction& out) noexcept;
 
 // The decoder of the present mode; false when the translator has none for it.
 bool translator_decoder(const Cpu& cpu, ZydisDecoder& decoder) noexcept;

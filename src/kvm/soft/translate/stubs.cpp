@@ -86,11 +86,13 @@ class Generator : public x::CodeGenerator {
 
   void save_registers() {
     for (int i = 0; i < 16; ++i)
-      if (!lives_in_memory(static_cast<unsigned>(i))) mov(at(o_.of_gpr(static_cast<unsigned>(i))), x::Reg64(i));
+      if (!lives_in_memory(static_cast<unsigned>(i)))
+        mov(at(o_.of_gpr(static_cast<unsigned>(i))), x::Reg64(i));
   }
   void load_registers() {
     for (int i = 1; i < 16; ++i)
-      if (!lives_in_memory(static_cast<unsigned>(i))) mov(x::Reg64(i), at(o_.of_gpr(static_cast<unsigned>(i))));
+      if (!lives_in_memory(static_cast<unsigned>(i)))
+        mov(x::Reg64(i), at(o_.of_gpr(static_cast<unsigned>(i))));
     mov(rax, at(o_.of_gpr(0)));
   }
 

@@ -32,14 +32,14 @@ struct Site {
 // A direct branch out of a translation.
 struct DirectExit {
   Translation* owner = nullptr;
-  Translation* target = nullptr;       // what it is linked to
-  int32_t offset = 0;                  // of the target from the start of the owner's page
-  uint8_t* displacement = nullptr;     // of the jump that is patched; null for one through a slot
+  Translation* target = nullptr;    // what it is linked to
+  int32_t offset = 0;               // of the target from the start of the owner's page
+  uint8_t* displacement = nullptr;  // of the jump that is patched; null for one through a slot
   uint32_t slot = 0;
   bool has_slot = false;
-  const uint8_t* stub = nullptr;       // where it goes while not linked
+  const uint8_t* stub = nullptr;  // where it goes while not linked
   Boundary boundary;
-  uint32_t index = 0;                  // in target->incoming
+  uint32_t index = 0;  // in target->incoming
 };
 
 class Translation {

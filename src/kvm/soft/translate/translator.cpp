@@ -267,7 +267,9 @@ const void* Translator::resume(const uint8_t* code, Boundary boundary) noexcept 
 }
 
 // Goes on at Cpu::rip, with everything in the Cpu.
-const void* Translator::resume_at_rip() noexcept { return resume_at_rip(0); }
+const void* Translator::resume_at_rip() noexcept {
+  return resume_at_rip(0);
+}
 
 const void* Translator::resume_at_rip(uint8_t level) noexcept {
   cpu_.block = nullptr;
@@ -311,7 +313,8 @@ const void* Translator::on_slow_access(Site& site) noexcept {
   before_interpreting(site);
   const bool forced = std::exchange(area_.force_interpretation, 0) != 0;
   if (!forced) {
-    uint64_t linear = cpu_.gpr[site.base] + (cpu_.gpr[site.index] << site.scale) + static_cast<uint64_t>(site.disp);
+    uint64_t linear =
+        cpu_.gpr[site.base] + (cpu_.gpr[site.index] << site.scale) + static_cast<uint64_t>(site.disp);
     if (site.narrow) linear = static_cast<uint32_t>(linear);
     if (site.segment != seg_none) linear += cpu_.segment[site.segment].base;
     if ((linear & page_mask) + site.span <= page_size) {
@@ -341,8 +344,8 @@ const void* Translator::on_complex(Site& site) noexcept {
   const uint64_t removals = removals_;
   const Block& block = site.owner->block;
   if (!interpret(block.ops[site.first])) return resume_at_rip();
-  if (removals != removals_ || cpu_.pending.valid || cpu_.decode_key != block.key || source_.wants_attention() ||
-      event_waits())
+  if (removals != removals_ || cpu_.pending.valid || cpu_.decode_key != block.key ||
+      source_.wants_attention() || event_waits())
     return leave();
   if (cpu_.user_code_flushed || cpu_.supervisor_code_flushed) return resume_at_rip();
   return resume(site.next, site.after);

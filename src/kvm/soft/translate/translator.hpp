@@ -29,12 +29,12 @@ class BlockSource {
 
 struct TranslatorStatistics {
   uint64_t translations = 0, host_bytes = 0, guest_instructions = 0;  // made so far
-  uint64_t entries = 0;         // from the run loop into translated code
-  uint64_t slow_accesses = 0;   // look-ups that missed the soft TLB
-  uint64_t interpreted = 0;     // instructions that translated code left to the interpreter
+  uint64_t entries = 0;        // from the run loop into translated code
+  uint64_t slow_accesses = 0;  // look-ups that missed the soft TLB
+  uint64_t interpreted = 0;    // instructions that translated code left to the interpreter
   uint64_t links = 0, indirect_misses = 0;
-  uint64_t dropped = 0;         // translations of pages that were written to
-  uint64_t flushes = 0;         // of the whole cache, because it was full
+  uint64_t dropped = 0;  // translations of pages that were written to
+  uint64_t flushes = 0;  // of the whole cache, because it was full
 };
 
 class Translator {
@@ -51,7 +51,10 @@ class Translator {
 
   // The same for one block only, without a link to what comes behind. For the lockstep engine.
   bool run_once(Block& block) noexcept;
-  bool ready(Block& block) noexcept { sync(); return translation_of(block, {}) != nullptr; }
+  bool ready(Block& block) noexcept {
+    sync();
+    return translation_of(block, {}) != nullptr;
+  }
 
   // A page of code was written to: drops what was made of it.
   void drop_stale() noexcept;

@@ -8,8 +8,8 @@
 namespace lodge::kvm::soft {
 namespace {
 
-constexpr unsigned largest_run = 256;            // bytes
-constexpr size_t room_for_one = 512;             // host code of one guest instruction
+constexpr unsigned largest_run = 256;  // bytes
+constexpr size_t room_for_one = 512;   // host code of one guest instruction
 constexpr size_t room_for_stub = 40;
 constexpr uint16_t homeless_mask = 1u << rsp | 1u << scratch0 | 1u << scratch1;
 
@@ -21,9 +21,11 @@ uint16_t bit(unsigned reg) {
 bool adds_to_rsp(const Instruction& i, int32_t& amount) noexcept {
   if (i.kind == Kind::address) {
     amount = static_cast<int32_t>(i.op->disp);
-    return i.op->dst == rsp * 8 && i.op->base == rsp && i.op->index == gpr_zero && i.op->size == i.op->address_size;
+    return i.op->dst == rsp * 8 && i.op->base == rsp && i.op->index == gpr_zero &&
+           i.op->size == i.op->address_size;
   }
-  if (i.kind != Kind::copy || (i.insn.mnemonic != ZYDIS_MNEMONIC_ADD && i.insn.mnemonic != ZYDIS_MNEMONIC_SUB))
+  if (i.kind != Kind::copy ||
+      (i.insn.mnemonic != ZYDIS_MNEMONIC_ADD && i.insn.mnemonic != ZYDIS_MNEMONIC_SUB))
     return false;
   if (i.operands[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || i.operand_registers != bit(rsp)) return false;
   const auto value = static_cast<int64_t>(i.op->imm);
@@ -34,7 +36,8 @@ bool adds_to_rsp(const Instruction& i, int32_t& amount) noexcept {
 
 }  // namespace
 
-UnitEmitter::UnitEmitter(Translator& translator, Translation& translation, uint8_t* begin, uint8_t* end) noexcept
+UnitEmitter::UnitEmitter(Translator& translator, Translation& translation, uint8_t* begin,
+                         uint8_t* end) noexcept
     : translator_(translator),
       t_(translation),
       block_(translation.block),
@@ -187,8 +190,9 @@ bool UnitEmitter::bind(const Instruction& i, Standins& standins) noexcept {
   for (const unsigned guest : {unsigned{rsp}, unsigned{scratch0}, unsigned{scratch1}}) {
     if ((i.operand_registers & bit(guest)) == 0) continue;
     if (next > scratch1) return false;
-    (guest == rsp ? standins.for_rsp : guest == scratch0 ? standins.for_r10 : standins.for_r11) =
-        static_cast<uint8_t>(next);
+    (guest == rsp        ? standins.for_rsp
+     : guest == scratch0 ? standins.for_r10
+                         : standins.for_r11) = static_cast<uint8_t>(next);
     e_.load(next, o_.of_gpr(guest));
     ++next;
   }
@@ -269,7 +273,8 @@ void UnitEmitter::emit_address(const Instruction& i) noexcept {
   const bool address64 = op.address_size == 8;
   const unsigned to = lives_in_memory(dst) ? temp0 : dst;
   if (base >= 16 && index >= 16)
-    e_.move_immediate(to, address64 && op.size == 8 ? static_cast<uint64_t>(disp) : static_cast<uint32_t>(disp));
+    e_.move_immediate(to,
+                      address64 && op.size == 8 ? static_cast<uint64_t>(disp) : static_cast<uint32_t>(disp));
   else
     e_.lea(to, base, index, op.scale, static_cast<int32_t>(disp), address64 && op.size == 8);
   if (lives_in_memory(dst)) e_.store(o_.of_gpr(dst), to);
@@ -314,7 +319,8 @@ bool UnitEmitter::access_of(const Instruction& i, Access& a, int32_t rsp_part) c
 // How far accesses off the same base go, from instruction n on.
 void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   run_ = {};
-  if (block_.runs_are_poor || first.index != gpr_zero || first.segment != seg_none || first.base >= 16) return;
+  if (block_.runs_are_poor || first.index != gpr_zero || first.segment != seg_none || first.base >= 16)
+    return;
   const int word = wide_ ? 8 : 4;
   int64_t low = first.disp;
   int64_t high = first.disp + first.size;
@@ -324,13 +330,15 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   for (unsigned k = n; k < code_.size(); ++k) {
     const Instruction& i = code_[k];
     Access a;
-    if (i.kind == Kind::complex || i.kind == Kind::branch || i.kind == Kind::jump || i.kind == Kind::jump_indirect)
+    if (i.kind == Kind::complex || i.kind == Kind::branch || i.kind == Kind::jump ||
+        i.kind == Kind::jump_indirect)
       break;
     if (i.kind == Kind::call_indirect && i.has_memory()) break;
     // RSP as data has to be stored first, which moves what accesses are relative to.
     if (i.kind == Kind::memory && k != n && stack != 0 && (i.operand_registers & bit(rsp)) != 0) break;
     if (access_of(i, a, stack)) {
-      if (a.base != first.base || a.index != gpr_zero || a.segment != seg_none || a.narrow != first.narrow) break;
+      if (a.base != first.base || a.index != gpr_zero || a.segment != seg_none || a.narrow != first.narrow)
+        break;
       if (i.kind == Kind::leave && k != n) break;
       const int64_t new_low = std::min(low, a.disp);
       const int64_t new_high = std::max(high, a.disp + static_cast<int64_t>(a.size));
@@ -341,17 +349,22 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
       last = k;
       if (i.kind == Kind::push || i.kind == Kind::call || i.kind == Kind::call_indirect) stack -= word;
       if (i.kind == Kind::pop) stack += word;
-      if (i.kind == Kind::leave || i.kind == Kind::ret || i.kind == Kind::call || i.kind == Kind::call_indirect) break;
-    } else if (int32_t amount = 0; adds_to_rsp(i, amount) && (i.kind == Kind::address || live_[k + 1] == no_flags)) {
+      if (i.kind == Kind::leave || i.kind == Kind::ret || i.kind == Kind::call ||
+          i.kind == Kind::call_indirect)
+        break;
+    } else if (int32_t amount = 0;
+               adds_to_rsp(i, amount) && (i.kind == Kind::address || live_[k + 1] == no_flags)) {
       stack += amount;
       continue;
     } else {
       // One scratch register is left: for an operand, or for one part of an address.
-      const unsigned operands = static_cast<unsigned>(__builtin_popcount(i.operand_registers & homeless_mask));
-      const unsigned parts = i.kind == Kind::address
-                                 ? static_cast<unsigned>(__builtin_popcount(i.address_registers & homeless_mask)) +
-                                       (i.op->base == gpr_rip ? 1 : 0)
-                                 : 0;
+      const unsigned operands =
+          static_cast<unsigned>(__builtin_popcount(i.operand_registers & homeless_mask));
+      const unsigned parts =
+          i.kind == Kind::address
+              ? static_cast<unsigned>(__builtin_popcount(i.address_registers & homeless_mask)) +
+                    (i.op->base == gpr_rip ? 1 : 0)
+              : 0;
       if (operands > 1 || parts > 1) break;
       if ((i.operand_registers & bit(rsp)) != 0 && (first.base == rsp || stack != 0)) break;
     }
@@ -423,17 +436,18 @@ void UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept {
 
   const auto set = static_cast<int64_t>(block_.key >> key::tlb_shift & 3);
   const int64_t entry = o_.tlb + set * static_cast<int64_t>(sizeof(TlbSet));
-  const int64_t tag = entry + static_cast<int64_t>(a.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read));
+  const int64_t tag =
+      entry + static_cast<int64_t>(a.write ? offsetof(TlbEntry, write) : offsetof(TlbEntry, read));
   const int64_t host = entry + static_cast<int64_t>(offsetof(TlbEntry, host));
   static_assert(sizeof(TlbEntry) == 32 && offsetof(TlbSet, entry) == 0);
   effective_address(a);
   e_.move(scratch1, scratch0, false);
-  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(page_shift - 5);              // shr r11d, 7
+  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(page_shift - 5);               // shr r11d, 7
   e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32((TlbSet::entries - 1) * 32);  // and r11d
-  e_.indexed(0x2b, scratch0, scratch1, 0, tag);                              // sub r10, [tag]
+  e_.indexed(0x2b, scratch0, scratch1, 0, tag);                               // sub r10, [tag]
   e_.u8(0x49), e_.u8(0x81), e_.u8(0xfa), e_.u32(page_size - a.size);          // cmp r10
-  uint8_t* const miss = e_.jump_if(7);                                       // ja
-  e_.indexed(0x03, scratch0, scratch1, 0, host);                             // add r10, [host]
+  uint8_t* const miss = e_.jump_if(7);                                        // ja
+  e_.indexed(0x03, scratch0, scratch1, 0, host);                              // add r10, [host]
   flow_.native_flags = false;
   add_stub(miss, Stubs::slow_access, &site, site.before);
 }
@@ -703,7 +717,7 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   e_.state(0x83, 7, o_.request, false);  // cmp dword [request], 0
   e_.u8(0);
   uint8_t* const requested = e_.jump_if(5);
-  e_.state(0x33, scratch0, o_.tag);  // xor r10, [tag]
+  e_.state(0x33, scratch0, o_.tag);                                            // xor r10, [tag]
   e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);  // imul r11d, r10d
   e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(20);                            // shr r11d, 20
   // cmp [jump_tag + r11 * 8], r10

@@ -37,11 +37,11 @@ class UnitEmitter {
     bool write = false, narrow = false;
   };
   struct Stub {
-    uint8_t* displacement;     // of the jump to it; null: an exit's
+    uint8_t* displacement;  // of the jump to it; null: an exit's
     Stubs::Call call;
     void* argument;
     Boundary boundary;
-    bool untag;                // R10 is a tagged target
+    bool untag;  // R10 is a tagged target
   };
 
   bool analyse_block() noexcept;

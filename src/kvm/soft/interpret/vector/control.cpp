@@ -26,6 +26,7 @@ Step run_ldmxcsr(Cpu& cpu, const Op& op) noexcept {
     return Step::fault;
   }
   set_mxcsr(cpu.vector, value);
+  cpu.fp_control_changed();
   return Step::next;
 }
 

@@ -146,6 +146,7 @@ Step run_fninit(Cpu& cpu, const Op&) noexcept {
   std::rotate(st, st + 16 * ((8 - t) & 7), st + 128);
   std::fill_n(v.fx.begin(), image::mxcsr, uint8_t{0});
   put<uint16_t>(v, image::fcw, 0x37f);
+  cpu.fp_control_changed();
   return Step::next;
 }
 
@@ -299,6 +300,7 @@ Step run_fldcw(Cpu& cpu, const Op& op) noexcept {
   if (!available(cpu, Need::x87) || !locate(cpu, op, 2, false, 0, linear) || !cpu.read(linear, value))
     return Step::fault;
   load_fcw(cpu.vector, value);
+  cpu.fp_control_changed();
   return Step::next;
 }
 
@@ -311,6 +313,7 @@ Step run_fnstenv(Cpu& cpu, const Op& op) noexcept {
   if (!cpu.write_bytes(linear, e.bytes.data(), 7 * width)) return Step::fault;
   // All exceptions are masked after the store.
   load_fcw(cpu.vector, get<uint16_t>(cpu.vector, image::fcw) | exceptions);
+  cpu.fp_control_changed();
   return Step::next;
 }
 
@@ -322,6 +325,7 @@ Step run_fldenv(Cpu& cpu, const Op& op) noexcept {
       !check_ac(cpu, linear, width) || !cpu.read_bytes(linear, e.bytes.data(), 7 * width))
     return Step::fault;
   load_environment(cpu, e, width);
+  cpu.fp_control_changed();
   return Step::next;
 }
 
@@ -352,6 +356,7 @@ Step run_frstor(Cpu& cpu, const Op& op) noexcept {
     std::memcpy(&cpu.vector.fx[image::st + 16 * i], &area[head + 10 * i], 10);
     std::memset(&cpu.vector.fx[image::st + 16 * i + 10], 0, 6);
   }
+  cpu.fp_control_changed();
   return Step::next;
 }
 

@@ -74,6 +74,7 @@ Step run_fxrstor(Cpu& cpu, const Op& op) noexcept {
   load_x87(cpu.vector, pointers_of(cpu, op), region.data());
   set_mxcsr(cpu.vector, new_mxcsr);
   if (!skips_xmm(cpu)) load_xmm(cpu.vector, registers_of(cpu), region.data());
+  cpu.fp_control_changed();
   return Step::next;
 }
 
@@ -197,6 +198,7 @@ Step restore(Cpu& cpu, const Op& op, bool supervisor) {
       load_component(v, i, registers, &area[offset_of(i, layout, compact)]);
     }
   }
+  cpu.fp_control_changed();
   return Step::next;
 }
 
