@@ -14,6 +14,7 @@ from .units import EACH
 
 UNITS = 8  # source files
 JOBS = 48  # compiles in all
+IDLE = 1.6  # the least that the second processor of an idle host brings
 
 
 def source(unit: int, functions: int = 400) -> str:
@@ -85,9 +86,14 @@ class Smp:
 
     def requirements(self, results: Results) -> list[Requirement]:
         found = self.derived(results)["speed-up"]
+        note = ""
+        if "native" in found and found["native"].min < IDLE:
+            # Whatever keeps it busy takes from the guests as well, and not the same from each.
+            note = f" (void: the host is busy, its own speed-up is {found['native'].min:.2f})"
+            found = {}
 
         def over(side: str) -> float | None:
             return found["lodge"].min / found[side].min if "lodge" in found and side in found else None
 
-        return [Requirement("speed-up, times TCG's", over("qemu"), "more than", 1),
-                Requirement("speed-up, times the host's", over("native"), "at least", 0.9)]  # fmt: skip
+        return [Requirement(f"speed-up, times TCG's{note}", over("qemu"), "more than", 1),
+                Requirement(f"speed-up, times the host's{note}", over("native"), "at least", 0.9)]  # fmt: skip

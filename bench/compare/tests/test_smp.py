@@ -26,6 +26,12 @@ class SpeedUp(unittest.TestCase):
         self.assertAlmostEqual(over_tcg.value, 1.9 / 1.5)
         self.assertAlmostEqual(over_host.value, 0.95)
 
+    def test_says_nothing_on_a_busy_host(self):
+        results = measured(native=(2, 1.9), lodge=(19, 10), qemu=(15, 10))
+        for wanted in Smp(pathlib.Path()).requirements(results):
+            self.assertIsNone(wanted.value)
+            self.assertIn("the host is busy, its own speed-up is 1.05", wanted.text)
+
     def test_needs_the_other_side(self):
         over_tcg, _ = Smp(pathlib.Path()).requirements(measured(native=(2, 1), lodge=(19, 10)))
         self.assertIsNone(over_tcg.value)
