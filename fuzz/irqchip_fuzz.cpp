@@ -157,13 +157,6 @@ void set_routing(Irqchip& chip, Input& in) {
   }
 }
 
-void ask_paravirtually(Irqchip& chip, Input& in) {
-  const uint64_t targets[2] = {in.take<uint64_t>(), in.take<uint64_t>()};
-  const auto first = in.take<uint64_t>();
-  require(chip.send_ipis(targets, first, in.take<uint64_t>()) <= 2);  // there are two to take it
-  chip.unhalt(in.take<uint32_t>());
-}
-
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -205,7 +198,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       case 11: clock.advance(in.take<uint16_t>() * 10'000u); break;
       case 12: exchange_state(chip, lapic, in); break;
       case 13: set_routing(chip, in); break;
-      case 14: (op & 16) != 0 ? ask_paravirtually(chip, in) : lapic.init_reset(); break;
+      case 14: lapic.init_reset(); break;
       default: lapic.local_interrupt(static_cast<Lapic::Local>(0x33 + (op >> 4) % 4)); break;
     }
   }
