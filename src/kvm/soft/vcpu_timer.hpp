@@ -1,7 +1,7 @@
 // The timer of one vCPU's LAPIC. It expires on the vCPU's own thread: waking a thread takes tens of
 // microseconds, so a vCPU in the guest is told a little *before* the deadline and from then on looks at the
 // TSC between blocks; a halted one sleeps on the deadline itself, wakes a little before and spins for the
-// rest. How much before follows from how late the host is (LeadTime); spinning is limited to a sixteenth of
+// rest. How much before follows from how late the host is (LeadTime); spinning is limited to an eighth of
 // the time.
 //
 // While the vCPU is not in run() nothing expires: it is due when run() is entered.
@@ -18,11 +18,11 @@
 
 namespace lodge::kvm::soft {
 
-// How long before a deadline to ask the host, so that about one request in 200 comes too late: up by a step
-// when one did, down by a 200th of it when none did.
+// How long before a deadline to ask the host, so that about one wake-up in 200 comes more than 10
+// microseconds after it: up by a step or more when one did, down by a 200th of it when none did.
 class LeadTime {
  public:
-  static constexpr uint64_t longest_ns = 100'000;
+  static constexpr uint64_t longest_ns = 200'000, tolerable_ns = 10'000;
   explicit LeadTime(uint64_t start_ns) : ns_(start_ns) {}
   uint64_t ns() const noexcept { return ns_; }
   void observe(uint64_t lateness_ns) noexcept;
@@ -55,7 +55,7 @@ class VcpuTimer {
   void cancel() noexcept;
   void ask_host(uint64_t now_tsc, uint64_t left_ns) noexcept;
   uint64_t nanoseconds(uint64_t ticks) const noexcept;
-  bool may_spin(uint64_t now_tsc) noexcept;
+  uint64_t halted_lead(uint64_t now_tsc) noexcept;  // no longer than there is credit for
   void tighten_slack() noexcept;
 
   Clock& clock_;
@@ -67,7 +67,7 @@ class VcpuTimer {
   std::atomic<uint64_t> asked_for_{0};  // TSC at which the host was asked to tell; 0: it was not
   std::atomic<bool> near_{false};
 
-  LeadTime lead_running_{30'000}, lead_halted_{50'000};
+  LeadTime lead_running_{50'000}, lead_halted_{50'000};
   uint64_t spin_credit_ = 0, credit_since_ = 0;  // TSC ticks
   pthread_t slack_of_{};
   bool slack_set_ = false;
