@@ -64,6 +64,9 @@ uint64_t undefined_flags(const Case& c, const Instruction& instruction) {
     case ZYDIS_MNEMONIC_ROR:
     case ZYDIS_MNEMONIC_RCL:
     case ZYDIS_MNEMONIC_RCR: return shift_count(c, instruction) <= 1 ? 0 : of;
+    // The processor divides in both.
+    case ZYDIS_MNEMONIC_DIV:
+    case ZYDIS_MNEMONIC_IDIV: return 0;
     default: return mask;
   }
 }

@@ -76,42 +76,65 @@ Step imul_source(Cpu& cpu, const Op& op) noexcept {
   return Step::next;
 }
 
-// Flags after a division are undefined; they are left alone, as AMD's processors do.
-template <class T, class Double, bool Signed>
-bool divide_as(Cpu& cpu, uint64_t source) noexcept {
-  using S = std::conditional_t<Signed, std::make_signed_t<T>, T>;
-  using Wide = std::conditional_t<sizeof(T) == 8, std::conditional_t<Signed, i128, u128>,
-                                  std::conditional_t<Signed, int64_t, uint64_t>>;
-  const auto divisor = static_cast<S>(static_cast<T>(source));
-  if (divisor == 0) return cpu.raise(Exception::de);
-  Double dividend;
-  if constexpr (sizeof(T) == 1)
-    dividend = cpu.reg<uint16_t>(rax * 8);
-  else
-    dividend =
-        static_cast<Double>(static_cast<Double>(cpu.reg<T>(rdx * 8)) << sizeof(T) * 8 | cpu.reg<T>(rax * 8));
-  Wide value;
-  if constexpr (!Signed)
-    value = dividend;
-  else if constexpr (sizeof(T) == 8)
-    value = static_cast<i128>(dividend);
-  else
-    value = static_cast<std::make_signed_t<Double>>(dividend);
-  // The one quotient that overflows the wide type itself (most negative / -1) is out of range anyway.
-  if constexpr (Signed)
-    if (divisor == -1 &&
-        static_cast<Double>(value) == static_cast<Double>(Double{1} << (sizeof(Double) * 8 - 1)))
-      return cpu.raise(Exception::de);
-  const Wide quotient = value / divisor;
-  const Wide remainder = value % divisor;
-  if (static_cast<Wide>(static_cast<S>(quotient)) != quotient) return cpu.raise(Exception::de);
-  if constexpr (sizeof(T) == 1) {
-    cpu.reg<uint8_t>(rax * 8) = static_cast<uint8_t>(quotient);
-    cpu.reg<uint8_t>(rax * 8 + 1) = static_cast<uint8_t>(remainder);
+// The flags after a division are undefined, and what processors leave differs: some keep CF and OF, some all.
+// So they are this processor's, which takes the division itself.
+template <class T, bool Signed>
+void divide_here(Cpu& cpu, T divisor, T& low, T& high) noexcept {
+  uint64_t saved = cpu.arith;
+#define LODGE_DIV(insn, dividend)                                         \
+  asm("xchg %%rax, %[f]\n\t" LODGE_LOAD_FLAGS "xchg %%rax, %[f]\n\t" insn \
+      " %[s]\n\t"                                                         \
+      "mov %%rax, %[f]\n\t" LODGE_SAVE_FLAGS "\n\txchg %%rax, %[f]"       \
+      : "+&a"(dividend), "+&d"(high), [f] "+&r"(saved)                    \
+      : [s] "q"(divisor)                                                  \
+      : "cc")
+  if constexpr (sizeof(T) == 1) {  // AX holds both
+    auto both = static_cast<uint16_t>(high << 8 | low);
+    if constexpr (Signed)
+      LODGE_DIV("idiv", both);
+    else
+      LODGE_DIV("div", both);
+    low = static_cast<T>(both);
+    high = static_cast<T>(both >> 8);
   } else {
-    put<T>(cpu, rax * 8, static_cast<T>(quotient));
-    put<T>(cpu, rdx * 8, static_cast<T>(remainder));
+    if constexpr (Signed)
+      LODGE_DIV("idiv", low);
+    else
+      LODGE_DIV("div", low);
   }
+#undef LODGE_DIV
+  cpu.arith = static_cast<uint16_t>(saved);
+}
+
+// Whether the quotient fits, so that the host's division does not fault.
+template <class T, bool Signed>
+bool quotient_fits(T divisor, T low, T high) noexcept {
+  if (divisor == 0) return false;
+  if constexpr (!Signed) {
+    return high < divisor;
+  } else {
+    using S = std::make_signed_t<T>;
+    using Wide = std::conditional_t<sizeof(T) == 8, i128, int64_t>;
+    constexpr unsigned bits = sizeof(T) * 8;
+    const Wide dividend =
+        static_cast<Wide>(static_cast<S>(high)) * (Wide{1} << bits) + static_cast<Wide>(low);
+    const auto by = static_cast<Wide>(static_cast<S>(divisor));
+    // The one quotient that overflows the wide type itself (most negative / -1) is out of range anyway.
+    if (by == -1 && high == T{1} << (bits - 1) && low == 0) return false;
+    const Wide quotient = dividend / by;
+    return static_cast<Wide>(static_cast<S>(quotient)) == quotient;
+  }
+}
+
+template <class T, bool Signed>
+bool divide_as(Cpu& cpu, uint64_t source) noexcept {
+  const auto divisor = static_cast<T>(source);
+  T low = cpu.reg<T>(rax * 8);
+  T high = cpu.reg<T>(sizeof(T) == 1 ? rax * 8 + 1 : rdx * 8);
+  if (!quotient_fits<T, Signed>(divisor, low, high)) return cpu.raise(Exception::de);
+  divide_here<T, Signed>(cpu, divisor, low, high);
+  put<T>(cpu, rax * 8, low);
+  put<T>(cpu, sizeof(T) == 1 ? rax * 8 + 1 : rdx * 8, high);
   return true;
 }
 
@@ -120,10 +143,10 @@ Step divide(Cpu& cpu, const Op& op) noexcept {
   uint64_t source = 0;
   if (!load_source(cpu, op, op.size, source)) return Step::fault;
   switch (op.size) {
-    case 1: return done(divide_as<uint8_t, uint16_t, Signed>(cpu, source));
-    case 2: return done(divide_as<uint16_t, uint32_t, Signed>(cpu, source));
-    case 4: return done(divide_as<uint32_t, uint64_t, Signed>(cpu, source));
-    default: return done(divide_as<uint64_t, u128, Signed>(cpu, source));
+    case 1: return done(divide_as<uint8_t, Signed>(cpu, source));
+    case 2: return done(divide_as<uint16_t, Signed>(cpu, source));
+    case 4: return done(divide_as<uint32_t, Signed>(cpu, source));
+    default: return done(divide_as<uint64_t, Signed>(cpu, source));
   }
 }
 
