@@ -85,7 +85,9 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--device", raw.devices, "add a device: NAME,KEY=VALUE,...")
       ->type_name("DEVICE")
       ->allow_extra_args(false);
-  run->add_flag("--stats", raw.stats, "print times and exit counts to stderr at the end");
+  run->add_flag("--perf-map", raw.perf_map,
+                "of the soft accelerator: name translated code for perf (/tmp/perf-PID.map)");
+  run->add_flag("--stats", raw.stats, "print times and what was counted to stderr at the end");
   run->add_flag("--json", raw.run_json, "print them as one line of JSON");
   run->footer(run_footer());
 
@@ -136,6 +138,8 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   }
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;
+  config.soft.count = command.stats;
+  config.soft.perf_map = raw.perf_map;
   command.json = raw.run_json;
   return command;
 }

@@ -42,7 +42,7 @@ struct RawOptions {
   std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
                               code_cache = "64M", cpu = "host", name = "lodge", shell;
   std::vector<std::string> initrds, serial, devices;
-  bool no_reboot = false, stats = false, run_json = false, doctor_json = false;
+  bool no_reboot = false, stats = false, perf_map = false, run_json = false, doctor_json = false;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);
 // What may follow an option, for completions: fixed words, or a file (empty words, file set).

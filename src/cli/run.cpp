@@ -11,12 +11,12 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
-#include <nlohmann/json.hpp>
 #include <thread>
 
 #include "base/error.hpp"
 #include "cli/commands.hpp"
 #include "cli/escape.hpp"
+#include "cli/statistics.hpp"
 #include "cli/terminal.hpp"
 #include "vm/accelerator.hpp"
 #include "vm/virtual_machine.hpp"
@@ -118,29 +118,6 @@ double cpu_seconds() {
   return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-void print_statistics(const RunCommand& command, const vm::Statistics& statistics,
-                      const std::string& accelerator, const std::string& protocol, int status) {
-  if (command.json) {
-    const nlohmann::json json = {{"name", command.config.name},
-                                 {"accelerator", accelerator},
-                                 {"boot", protocol},
-                                 {"exit_status", status},
-                                 {"seconds", statistics.seconds},
-                                 {"cpu_seconds", cpu_seconds()},
-                                 {"resets", statistics.resets},
-                                 {"exits",
-                                  {{"port", statistics.port_exits},
-                                   {"memory", statistics.memory_exits},
-                                   {"other", statistics.other_exits}}}};
-    fmt::print(stderr, "{}\n", json.dump());
-    return;
-  }
-  say(fmt::format(
-      "{}: {:.3f} s, {:.3f} s of CPU, {} accelerator, {}; exits: {} port, {} memory, {} other; {} resets",
-      command.config.name, statistics.seconds, cpu_seconds(), accelerator, protocol, statistics.port_exits,
-      statistics.memory_exits, statistics.other_exits, statistics.resets));
-}
-
 }  // namespace
 
 int run(const RunCommand& command) {
@@ -177,7 +154,14 @@ int run(const RunCommand& command) {
   terminal.restore();
   if (!ending.message.empty()) say(ending.message);
   const int status = ending.exit_status();
-  if (command.stats) print_statistics(command, machine.statistics(), accelerator, protocol, status);
+  if (command.stats) {
+    const RunReport report{command.config.name, accelerator,         protocol, status,
+                           cpu_seconds(),       machine.statistics()};
+    if (command.json)
+      fmt::print(stderr, "{}\n", statistics_json(report));
+    else
+      say(statistics_text(report));
+  }
   return status;
 }
 

@@ -59,6 +59,12 @@ class Exit {
 // "KVM_EXIT_HLT" and so on; "KVM_EXIT_?" for numbers this build does not know.
 std::string_view exit_name(uint32_t reason) noexcept;
 
+// Something that an accelerator has counted: for people and tools, in no fixed set.
+struct Statistic {
+  std::string group, name;
+  uint64_t value;
+};
+
 // One virtual processor (KVM_CREATE_VCPU). Runs on one thread. Must be destroyed before its Vm.
 class Vcpu {
  public:
@@ -109,6 +115,8 @@ class Vcpu {
   // KVM_TRANSLATE: guest-virtual to guest-physical with the present paging.
   virtual kvm_translation translate(uint64_t linear) = 0;
   virtual void enable_cap(const kvm_enable_cap& cap) = 0;
+  // What was counted on this vCPU since its creation; nothing by an accelerator that does not count.
+  virtual std::vector<Statistic> statistics() { return {}; }
 };
 
 // One virtual machine (KVM_CREATE_VM).

@@ -2,7 +2,9 @@
 
 #include <fmt/format.h>
 #include <pthread.h>
+#include <time.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <chrono>
@@ -50,6 +52,7 @@ Ending VirtualMachine::run() {
       event = *event_;
     }
     stop_vcpus();
+    collect_statistics();
     if (!event.restart) {
       backends_->flush();
       seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -82,6 +85,19 @@ void VirtualMachine::stop_vcpus() noexcept {
   if (!threads_.empty()) kick_all();
   for (auto& thread : threads_) thread.join();
   threads_.clear();
+}
+
+void VirtualMachine::collect_statistics() {
+  for (unsigned i = 0; i < machine_->cpus(); i++)
+    for (auto& counted : machine_->vcpu(i).statistics()) {
+      const auto same = std::ranges::find_if(accelerator_, [&](const auto& known) {
+        return known.group == counted.group && known.name == counted.name;
+      });
+      if (same == accelerator_.end())
+        accelerator_.push_back(std::move(counted));
+      else
+        same->value += counted.value;
+    }
 }
 
 void VirtualMachine::kick_all() noexcept {
@@ -151,6 +167,13 @@ bool VirtualMachine::wait_while_paused() noexcept {
 }
 
 void VirtualMachine::run_vcpu(unsigned index) noexcept {
+  drive(index);
+  timespec used{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+  vcpu_ns_ += static_cast<uint64_t>(used.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(used.tv_nsec);
+}
+
+void VirtualMachine::drive(unsigned index) noexcept {
   ::pthread_setname_np(::pthread_self(), fmt::format("lodge-cpu{}", index).c_str());
   kvm::Vcpu& vcpu = machine_->vcpu(index);
   while (!stop_) {
@@ -217,8 +240,14 @@ void VirtualMachine::fail(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept {
                    .message = describe_failure(vcpu, exit, machine_->memory(), system_->name())}});
 }
 
-Statistics VirtualMachine::statistics() const noexcept {
-  return {port_exits_, memory_exits_, other_exits_, resets_, seconds_};
+Statistics VirtualMachine::statistics() const {
+  return {.port_exits = port_exits_,
+          .memory_exits = memory_exits_,
+          .other_exits = other_exits_,
+          .resets = resets_,
+          .seconds = seconds_,
+          .vcpu_seconds = static_cast<double>(vcpu_ns_) / 1e9,
+          .accelerator = accelerator_};
 }
 
 }  // namespace lodge::vm

@@ -24,7 +24,10 @@ namespace lodge::vm {
 struct Statistics {
   uint64_t port_exits = 0, memory_exits = 0, other_exits = 0;
   unsigned resets = 0;
-  double seconds = 0;  // from run() to its end
+  double seconds = 0;       // from run() to its end
+  double vcpu_seconds = 0;  // CPU time of the vCPUs' threads, which also do what their exits ask for
+  // What the accelerator has counted, all vCPUs together; known when run() has returned.
+  std::vector<kvm::Statistic> accelerator;
 };
 
 class VirtualMachine final : public machine::Power {
@@ -49,7 +52,7 @@ class VirtualMachine final : public machine::Power {
 
   // How the kernel was entered, for logs.
   const std::string& protocol() const noexcept { return machine_->protocol(); }
-  Statistics statistics() const noexcept;
+  Statistics statistics() const;
 
   // What chips ask for (machine::Power); the vCPU that asked executes nothing more.
   void request(machine::PowerRequest request) noexcept override;
@@ -65,8 +68,10 @@ class VirtualMachine final : public machine::Power {
   void restart_or(Ending::Cause cause, std::string message = {}) noexcept;
   void start_vcpus();
   void stop_vcpus() noexcept;
+  void collect_statistics();
   void kick_all() noexcept;
   void run_vcpu(unsigned index) noexcept;
+  void drive(unsigned index) noexcept;
   bool wait_while_paused() noexcept;
   // False when the vCPU cannot go on.
   bool handle(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept;
@@ -93,7 +98,9 @@ class VirtualMachine final : public machine::Power {
 
   std::atomic<uint64_t> port_exits_ = 0, memory_exits_ = 0, other_exits_ = 0;
   unsigned resets_ = 0;
+  std::atomic<uint64_t> vcpu_ns_ = 0;
   double seconds_ = 0;
+  std::vector<kvm::Statistic> accelerator_;
 };
 
 }  // namespace lodge::vm

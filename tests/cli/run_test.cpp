@@ -114,6 +114,7 @@ TEST_P(Run, AReaderThatStopsReadingDoesNotStopTheCommandFromEnding) {
 }
 
 TEST_P(Run, StatisticsAreJsonOnRequest) {
+  const std::string accelerator = GetParam();
   const Result result = run("o", {"--json", "--name", "tiny"});
   EXPECT_EQ(result.status, 0);
   const auto json = nlohmann::json::parse(result.err);
@@ -121,6 +122,20 @@ TEST_P(Run, StatisticsAreJsonOnRequest) {
   EXPECT_EQ(json["accelerator"], GetParam());
   EXPECT_EQ(json["exit_status"], 0);
   EXPECT_GE(json["exits"]["port"], 12);  // six characters, each with a look at the line status
+  EXPECT_EQ(json.contains("counted"), accelerator == "soft");
+  if (accelerator != "soft") return;
+  EXPECT_GT(json["guest_mips"], 0);
+  EXPECT_GT(json["counted"]["instructions"]["interpreted"], 0);
+}
+
+TEST_P(Run, StatisticsAreTextOnRequest) {
+  const std::string accelerator = GetParam();
+  const Result result = run("o", {"--stats"});
+  EXPECT_EQ(result.status, 0);
+  EXPECT_THAT(result.err, HasSubstr(" s of CPU, "));
+  if (accelerator != "soft") return;
+  EXPECT_THAT(result.err, HasSubstr(" million guest instructions for each of "));
+  EXPECT_THAT(result.err, HasSubstr("\n  blocks: decoded "));
 }
 
 // A terminal of our own, to see what the command does with it.

@@ -15,6 +15,8 @@ enum class Engine : uint8_t {
 struct Options {
   Engine engine = Engine::translate;
   size_t code_cache = size_t{64} << 20;  // bytes of host code for each vCPU, at most; at least 1 MiB
+  bool perf_map = false;                 // names translated code for perf in /tmp/perf-PID.map
+  bool count = false;  // guest instructions and look-ups of translated code: costs some of its speed
 };
 
 }  // namespace lodge::kvm::soft

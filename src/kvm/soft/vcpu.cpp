@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "kvm/soft/cpu/kvmclock.hpp"
@@ -20,6 +21,13 @@ constexpr uint32_t internal_delivery_event = 3;
 
 void futex_wake(std::atomic<uint32_t>& word) noexcept {
   ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
+}
+
+// How much of a block that began at `start` is behind `rip`, where it has stopped.
+uint64_t not_run(const Block& block, uint64_t start, uint64_t rip) noexcept {
+  if (rip - start >= block.bytes) return 0;
+  return static_cast<uint64_t>(std::count_if(block.ops.begin(), block.ops.end() - 1,
+                                             [&](const Op& op) { return op.offset >= rip - start; }));
 }
 
 }  // namespace
@@ -48,7 +56,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
   reset_cpu(cpu_, false);
   if (engine_ != Engine::interpret)
     translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this),
-                                               vm.options().code_cache);
+                                               vm.options(), vm.perf_map());
 }
 
 SoftVcpu::~SoftVcpu() {
@@ -238,6 +246,7 @@ Outcome SoftVcpu::inject() noexcept {
   if (nmi_pending_ && !cpu_.nmi_blocked && !cpu_.interrupt_shadow) {
     nmi_pending_ = false;
     end_halt();
+    ++counts_.nmis;
     return deliver(deliver_nmi(cpu_));
   }
   if (!interrupts_open()) return go_on;
@@ -253,6 +262,7 @@ Outcome SoftVcpu::inject() noexcept {
     end_halt();
     steal_.update();
     offer_pv_eoi();
+    ++counts_.interrupts;
     return deliver(deliver_external_interrupt(cpu_, static_cast<uint8_t>(vector)));
   }
   if (run_->request_interrupt_window != 0 && lapic_ == nullptr) return exit_with(KVM_EXIT_IRQ_WINDOW_OPEN);
@@ -284,6 +294,7 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
     end_halt();
     return go_on;
   }
+  ++counts_.halts;
   leave_guest();
   sleeping_.store(true);
   if (cpu_.request.load() == 0) timer_->wait(cpu_.request);
@@ -345,6 +356,7 @@ Outcome SoftVcpu::run_blocks() noexcept {
     first->handler(cpu_, first);
     instructions_ += block->instructions;
     if (__builtin_expect(cpu_.stops != 0 || cpu_.pending.valid, 0)) {
+      instructions_ -= not_run(*block, cpu_.gpr[gpr_rip], cpu_.rip);
       cpu_.block = nullptr;
       return after_stop();
     }
@@ -457,6 +469,7 @@ Outcome SoftVcpu::deliver_pending() noexcept {
       return debug_exit(0, which);
     }
   }
+  ++counts_.exceptions;
   return deliver(deliver_exception(cpu_));
 }
 

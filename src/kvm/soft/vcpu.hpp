@@ -80,6 +80,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   int nmi() noexcept override;
   kvm_translation translate(uint64_t linear) override;
   void enable_cap(const kvm_enable_cap& cap) override;
+  std::vector<Statistic> statistics() override;
 
   // --- for the VM, any thread ---
   void post(uint32_t bits) noexcept;
@@ -88,9 +89,6 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   bool flush_acknowledged() noexcept;           // or the vCPU is not in the guest
   // Does what was posted; own thread.
   void acknowledge_memory() noexcept;
-
-  // Guest instructions run so far, roughly (a block that faults counts whole).
-  uint64_t instructions() const noexcept { return instructions_; }
 
  private:
   // Platform
@@ -210,6 +208,9 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   std::shared_ptr<const MemoryMap> map_;
   Lapic* lapic_ = nullptr;
   uint64_t instructions_ = 0;
+  struct Counts {
+    uint64_t decoded = 0, exceptions = 0, interrupts = 0, nmis = 0, halts = 0;
+  } counts_;
   bool fetch_failed_ = false;  // code is not in RAM
 
   // Memory requests of other threads.

@@ -56,6 +56,7 @@ Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   }
   std::unique_ptr<Block> fresh = decode(linear, key, max_block_instructions);
   if (!fresh) return nullptr;
+  ++counts_.decoded;
   bool dropped = false;
   block = blocks_.insert(std::move(fresh), dropped);
   if (dropped) ++cpu_.flushes;  // the jump table may point there

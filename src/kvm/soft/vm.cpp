@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "base/error.hpp"
+#include "kvm/soft/translate/perf_map.hpp"
 #include "kvm/soft/vcpu.hpp"
 
 namespace lodge::kvm::soft {
@@ -18,6 +19,7 @@ constexpr uint32_t max_slots = 32764;
 SoftVm::SoftVm(uint32_t tsc_khz, const Options& options)
     : tsc_khz_(tsc_khz),
       options_(options),
+      perf_map_(options.perf_map ? std::make_unique<PerfMap>() : nullptr),
       clock_scale_(clock_scale(tsc_khz)),
       clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),

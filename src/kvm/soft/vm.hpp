@@ -15,6 +15,7 @@
 
 namespace lodge::kvm::soft {
 
+class PerfMap;
 class SoftVcpu;
 
 class SoftVm final : public Vm, private CodeWatch {
@@ -56,6 +57,7 @@ class SoftVm final : public Vm, private CodeWatch {
   std::mutex& split_lock() noexcept { return split_lock_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
   const Options& options() const noexcept { return options_; }
+  PerfMap* perf_map() const noexcept { return perf_map_.get(); }  // or null
   // kvmclock follows the host's TSC, as the pages that guests read do: one line for all vCPUs.
   uint64_t kvmclock_at(uint64_t host_tsc) const noexcept {
     return clock_scale_.nanoseconds(host_tsc) + clock_offset_.load(std::memory_order_relaxed);
@@ -76,6 +78,7 @@ class SoftVm final : public Vm, private CodeWatch {
 
   const uint32_t tsc_khz_;
   const Options options_;
+  const std::unique_ptr<PerfMap> perf_map_;
   const ClockScale clock_scale_;
   RealClock clock_;
   std::atomic<uint64_t> clock_offset_;

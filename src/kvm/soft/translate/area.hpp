@@ -34,12 +34,13 @@ struct Boundary {
 struct TranslatorArea {
   static constexpr unsigned levels = 4, jump_entries = 4096, slot_count = 1u << 17;
 
-  uint64_t host_rsp = 0;      // of the function that entered translated code
-  uint64_t resume = 0;        // where a restore stub goes on
-  uint64_t page = 0;          // linear address of the running code's page
-  uint64_t tag = 0;           // what a linear address is XORed with to be found in `jump_tag`
-  uint64_t target = 0;        // of a near branch through memory, across the look-up of its push
-  uint64_t instructions = 0;  // run by translated code, when it counts
+  uint64_t host_rsp = 0;  // of the function that entered translated code
+  uint64_t resume = 0;    // where a restore stub goes on
+  uint64_t page = 0;      // linear address of the running code's page
+  uint64_t tag = 0;       // what a linear address is XORed with to be found in `jump_tag`
+  uint64_t target = 0;    // of a near branch through memory, across the look-up of its push
+  // Of translated code, when it counts: guest instructions, look-ups in the soft TLB.
+  uint64_t instructions = 0, lookups = 0;
   Translator* translator = nullptr;
   uint32_t default_mxcsr = 0x1f80;
   uint32_t force_interpretation = 0;  // a host signal says that the instruction faults natively

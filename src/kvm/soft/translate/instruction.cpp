@@ -399,6 +399,7 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
       !ZYAN_SUCCESS(
           ZydisDecoderDecodeFull(&decoder, out.bytes.data(), available, &out.insn, out.operands.data())) ||
       out.insn.length != op.length) {
+    out.insn = {};
     out.reads = all_flags;
     return;
   }

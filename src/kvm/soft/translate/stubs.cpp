@@ -184,6 +184,7 @@ StateOffsets::StateOffsets(const Cpu& cpu, const TranslatorArea& a) noexcept
       tag(distance(cpu, &a.tag)),
       target(distance(cpu, &a.target)),
       instructions(distance(cpu, &a.instructions)),
+      lookups(distance(cpu, &a.lookups)),
       default_mxcsr(distance(cpu, &a.default_mxcsr)),
       jump_tag(distance(cpu, a.jump_tag.data())),
       jump_code(distance(cpu, a.jump_code.data())),

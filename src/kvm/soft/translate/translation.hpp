@@ -27,6 +27,7 @@ struct Site {
   uint16_t span = 0;
   uint8_t base = gpr_zero, index = gpr_zero, scale = 0, segment = seg_none;
   bool write = false, narrow = false, run = false;
+  uint16_t mnemonic = 0;  // ZydisMnemonic of an instruction for the interpreter; 0: not known
 };
 
 // A direct branch out of a translation.

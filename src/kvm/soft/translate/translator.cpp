@@ -1,11 +1,13 @@
 #include "kvm/soft/translate/translator.hpp"
 
+#include <fmt/format.h>
 #include <sys/mman.h>
 
 #include <algorithm>
 
 #include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/translate/host_signal.hpp"
+#include "kvm/soft/translate/perf_map.hpp"
 #include "kvm/soft/translate/unit.hpp"
 
 namespace lodge::kvm::soft {
@@ -26,16 +28,22 @@ Translation::~Translation() {
   translator.remove(*this);
 }
 
-Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, size_t capacity)
+Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, const Options& options,
+                       PerfMap* perf_map)
     : cpu_(cpu),
       area_(area),
       source_(source),
-      code_(capacity, PROT_READ | PROT_WRITE | PROT_EXEC, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0,
+      code_(options.code_cache, PROT_READ | PROT_WRITE | PROT_EXEC,
+            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0,
             "cannot map the translator's code cache (is executable memory forbidden here?)"),
       bump_(code_.data()),
-      stubs_(code_.data(), StateOffsets(cpu, area)) {
+      stubs_(code_.data(), StateOffsets(cpu, area)),
+      counts_(options.count),
+      perf_map_(perf_map) {
   bump_ = const_cast<uint8_t*>(stubs_.end);
   area_.translator = this;
+  if (counts_) interpreted_.resize(ZYDIS_MNEMONIC_MAX_VALUE + 1);
+  restart_perf_map();
   install_signal_handlers();
 }
 
@@ -67,12 +75,26 @@ Translation* Translator::translate(Block& block, Boundary boundary) noexcept {
   by_address_.emplace(translation->begin, translation.get());
   for (const uint64_t page : block.host_page)
     if (page != 0) by_page_[page].push_back(translation.get());
+  if (perf_map_ != nullptr) name_for_perf(*translation);
   ++statistics_.translations;
   statistics_.guest_instructions += block.instructions;
   statistics_.host_bytes += static_cast<uint64_t>(translation->end - translation->begin);
   std::unique_ptr<Translation>& place = block.code[boundary.index()];
   place = std::move(translation);
   return place.get();
+}
+
+void Translator::restart_perf_map() noexcept {
+  if (perf_map_ == nullptr) return;
+  perf_map_->forget(this);
+  perf_map_->add(this, code_.data(), stubs_.end, fmt::format("lodge_stubs_cpu{}", cpu_.id()));
+}
+
+// By where the guest is: its address, mode and privilege.
+void Translator::name_for_perf(const Translation& t) noexcept {
+  perf_map_->add(this, t.begin, t.end,
+                 fmt::format("guest_{}{}_{:#x}", is_user(cpu_) ? "user" : "kernel",
+                             cpu_.mode() == Mode::bits64 ? 64 : 32, cpu_.rip));
 }
 
 void Translator::remove(Translation& t) noexcept {
@@ -112,6 +134,7 @@ void Translator::drop_stale() noexcept {
 void Translator::rewind() noexcept {
   bump_ = const_cast<uint8_t*>(stubs_.end);
   full_ = false;
+  restart_perf_map();
   ++statistics_.flushes;
 }
 
@@ -308,32 +331,50 @@ void Translator::before_interpreting(const Site& site) noexcept {
   cpu_.block = &block;
 }
 
+void Translator::note_unfilled() noexcept {
+  ++(cpu_.wants_exit ? statistics_.device : cpu_.pending.valid ? statistics_.faults : statistics_.guarded);
+}
+
 const void* Translator::on_slow_access(Site& site) noexcept {
   ++statistics_.slow_accesses;
   before_interpreting(site);
   const bool forced = std::exchange(area_.force_interpretation, 0) != 0;
-  if (!forced) {
+  bool unfilled = false;
+  if (forced) {
+    ++statistics_.native_faults;
+  } else {
     uint64_t linear =
         cpu_.gpr[site.base] + (cpu_.gpr[site.index] << site.scale) + static_cast<uint64_t>(site.disp);
     if (site.narrow) linear = static_cast<uint32_t>(linear);
     if (site.segment != seg_none) linear += cpu_.segment[site.segment].base;
     if ((linear & page_mask) + site.span <= page_size) {
-      if (cpu_.fill_tlb(linear, site.write) && !source_.wants_attention()) {
+      unfilled = !cpu_.fill_tlb(linear, site.write);
+      if (!unfilled) ++statistics_.filled;
+      if (!unfilled && !source_.wants_attention()) {
         cpu_.gpr[rsp] -= static_cast<uint64_t>(int64_t{site.rsp_before});
         return resume(site.retry, {.native_flags = false, .level = site.before.level});
       }
-    } else if (site.run) {
+    } else {
+      ++statistics_.crossings;
       // A run of accesses that crosses a page: when that happens often, each is better looked up by itself.
-      if (++site.owner->block.crossings == 64) retranslate_ = &site.owner->block;
+      if (site.run && ++site.owner->block.crossings == 64) retranslate_ = &site.owner->block;
     }
   }
   const uint64_t removals = removals_;
   const std::vector<Op>& ops = site.owner->block.ops;
+  uint64_t behind = site.owner->block.instructions - site.first;
   for (unsigned i = site.first; i <= site.last; ++i) {
-    if (!interpret(ops[i])) return resume_at_rip();
-    if (removals != removals_) return leave();
+    const bool goes_on = interpret(ops[i]);
+    if (!cpu_.interrupted_access()) --behind;
+    if (std::exchange(unfilled, false)) note_unfilled();
+    if (goes_on && removals == removals_) continue;
+    uncount(behind);
+    return goes_on ? leave() : resume_at_rip();
   }
-  if (cpu_.pending.valid || source_.wants_attention() || retranslate_ != nullptr) return leave();
+  if (cpu_.pending.valid || source_.wants_attention() || retranslate_ != nullptr) {
+    uncount(behind);
+    return leave();
+  }
   if (site.next == nullptr) return resume_at_rip();
   cpu_.gpr[rsp] -= static_cast<uint64_t>(int64_t{site.rsp_after});
   return resume(site.next, site.after);
@@ -343,17 +384,29 @@ const void* Translator::on_complex(Site& site) noexcept {
   before_interpreting(site);
   const uint64_t removals = removals_;
   const Block& block = site.owner->block;
-  if (!interpret(block.ops[site.first])) return resume_at_rip();
+  const uint64_t behind = block.instructions - site.first - 1u;
+  if (counts_) ++interpreted_[site.mnemonic];
+  if (!interpret(block.ops[site.first])) {
+    uncount(cpu_.interrupted_access() ? behind + 1 : behind);
+    return resume_at_rip();
+  }
   if (removals != removals_ || cpu_.pending.valid || cpu_.decode_key != block.key ||
-      source_.wants_attention() || event_waits())
+      source_.wants_attention() || event_waits()) {
+    uncount(behind);
     return leave();
-  if (cpu_.user_code_flushed || cpu_.supervisor_code_flushed) return resume_at_rip();
+  }
+  if (cpu_.user_code_flushed || cpu_.supervisor_code_flushed) {
+    uncount(behind);
+    return resume_at_rip();
+  }
   return resume(site.next, site.after);
 }
 
 const void* Translator::on_request(Site& site) noexcept {
   before_interpreting(site);
-  cpu_.rip = cpu_.this_rip(site.owner->block.ops[site.first]);
+  const Block& block = site.owner->block;
+  cpu_.rip = cpu_.this_rip(block.ops[site.first]);
+  uncount(block.instructions - site.first);
   return leave();
 }
 

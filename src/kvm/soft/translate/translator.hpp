@@ -8,12 +8,15 @@
 #include <vector>
 
 #include "base/mapping.hpp"
+#include "kvm/soft/options.hpp"
 #include "kvm/soft/translate/area.hpp"
 #include "kvm/soft/translate/instruction.hpp"
 #include "kvm/soft/translate/stubs.hpp"
 #include "kvm/soft/translate/translation.hpp"
 
 namespace lodge::kvm::soft {
+
+class PerfMap;
 
 // Where the translator gets decoded blocks: the vCPU.
 class BlockSource {
@@ -29,8 +32,15 @@ class BlockSource {
 
 struct TranslatorStatistics {
   uint64_t translations = 0, host_bytes = 0, guest_instructions = 0;  // made so far
-  uint64_t entries = 0;        // from the run loop into translated code
-  uint64_t slow_accesses = 0;  // look-ups that missed the soft TLB
+  uint64_t entries = 0;  // from the run loop into translated code
+  // Look-ups that missed the soft TLB, or accesses that faulted natively; why, or how they ended.
+  uint64_t slow_accesses = 0;
+  uint64_t filled = 0;         // the page was mapped: found by a page walk
+  uint64_t crossings = 0;      // reaches into the next page
+  uint64_t device = 0;         // outside RAM: an exit to the VMM
+  uint64_t faults = 0;         // an exception for the guest
+  uint64_t guarded = 0;        // a page that holds code, logs writes or is read-only; a watchpoint
+  uint64_t native_faults = 0;  // a signal: #DE, a misaligned vector operand
   uint64_t interpreted = 0;    // instructions that translated code left to the interpreter
   uint64_t links = 0, indirect_misses = 0;
   uint64_t dropped = 0;  // translations of pages that were written to
@@ -39,8 +49,7 @@ struct TranslatorStatistics {
 
 class Translator {
  public:
-  // `capacity`: bytes of code cache.
-  Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, size_t capacity);
+  Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, const Options& options, PerfMap* perf_map);
   ~Translator();
   Translator(const Translator&) = delete;
   Translator& operator=(const Translator&) = delete;
@@ -63,8 +72,10 @@ class Translator {
   void rewind() noexcept;
 
   const TranslatorStatistics& statistics() const noexcept { return statistics_; }
+  // How often the interpreter has run an instruction for translated code, by ZydisMnemonic (0: one that
+  // reaches into the next page). Empty when nothing is counted.
+  const std::vector<uint64_t>& interpreted() const noexcept { return interpreted_; }
   size_t code_bytes() const noexcept { return static_cast<size_t>(bump_ - code_.data()); }
-  void print_perf_map(bool on) noexcept { perf_map_ = on; }
 
   // --- for Translation ---
   void remove(Translation& translation) noexcept;
@@ -101,6 +112,14 @@ class Translator {
   const void* resume_at_rip() noexcept;
   const void* resume_at_rip(uint8_t level) noexcept;
   void before_interpreting(const Site& site) noexcept;
+  // Execution leaves a block with so many of its instructions, which are counted already, not run.
+  void uncount(uint64_t instructions) noexcept {
+    if (counts_) area_.instructions -= instructions;
+  }
+  void restart_perf_map() noexcept;
+  void name_for_perf(const Translation& translation) noexcept;
+  // After the interpreter has done an access that nothing could be filled in for.
+  void note_unfilled() noexcept;
   bool interpret(const Op& op) noexcept;
 
   Cpu& cpu_;
@@ -109,8 +128,10 @@ class Translator {
   Mapping code_;
   uint8_t* bump_;
   Stubs stubs_;
-  bool full_ = false, perf_map_ = false, once_ = false;
-  uint64_t removals_ = 0;  // translations that are gone; a caller that sees it change has lost its own
+  const bool counts_;
+  bool full_ = false, once_ = false;
+  PerfMap* const perf_map_;  // or null
+  uint64_t removals_ = 0;    // translations that are gone; a caller that sees it change has lost its own
   std::vector<DirectExit*> slot_exit_;  // whose slot it is; null: free
   std::vector<uint32_t> free_slots_;
   std::vector<uint32_t> user_links_, supervisor_links_;  // slots that are or were linked
@@ -128,6 +149,7 @@ class Translator {
   uint16_t last_id_ = 0;
   std::vector<Instruction> analysed_;  // of the block being translated
   TranslatorStatistics statistics_;
+  std::vector<uint64_t> interpreted_;
 };
 
 }  // namespace lodge::kvm::soft

@@ -56,6 +56,7 @@ bool UnitEmitter::emit() noexcept {
   if (!analyse_block()) return false;
   find_live_flags();
   t_.begin = e_.at();
+  if (translator_.counts_) count(o_.instructions, code_.size());
   for (unsigned n = 0; n < code_.size() && !failed_; ++n) {
     if (!e_.room(room_for_one + stubs_.size() * room_for_stub)) return false;
     emit_one(n);
@@ -214,6 +215,13 @@ void UnitEmitter::raise_level(uint8_t level) noexcept {
   e_.jump_to(translator_.stubs_.raise[flow_.level][level]);
   Emitter::patch(rest, e_.at());
   flow_.level = level;
+}
+
+// Adds to a counter of the area, without touching flags; takes scratch1.
+void UnitEmitter::count(int64_t counter, size_t amount) noexcept {
+  e_.load(scratch1, counter);
+  e_.lea(scratch1, scratch1, 16, 0, static_cast<int64_t>(amount), true);
+  e_.store(counter, scratch1);
 }
 
 // --- instructions without memory operand
@@ -419,6 +427,7 @@ void UnitEmitter::effective_address(const Access& a) noexcept {
 // The inline soft TLB; one compare covers tag, validity and page crossing.
 void UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept {
   if (live_[n] != no_flags) store_flags();
+  if (translator_.counts_) count(o_.lookups, 1);
   Site& site = new_site(n, last);
   site.retry = e_.at();
   site.before = {.native_flags = false, .level = flow_.level};
@@ -736,6 +745,8 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
 void UnitEmitter::emit_complex(unsigned n) noexcept {
   commit_rsp();
   Site& site = new_site(n, n);
+  static_assert(ZYDIS_MNEMONIC_MAX_VALUE <= UINT16_MAX);
+  site.mnemonic = static_cast<uint16_t>(code_[n].insn.mnemonic);
   const Boundary at{.native_flags = flow_.native_flags && !flow_.stored_flags, .level = flow_.level};
   e_.move_address(scratch0, reinterpret_cast<uint64_t>(&site));
   e_.jump_to(translator_.stubs_.call[Stubs::complex_op][at.index()]);

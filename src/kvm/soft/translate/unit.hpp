@@ -83,6 +83,7 @@ class UnitEmitter {
   void exit_to(int64_t offset) noexcept;
   DirectExit& new_exit(int64_t offset) noexcept;
   void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
+  void count(int64_t counter, size_t amount) noexcept;
   Boundary boundary() const noexcept;
   Site& new_site(unsigned n, unsigned last) noexcept;
   void finish_run(unsigned n) noexcept;

@@ -1,0 +1,259 @@
+// What the soft accelerator tells about itself: counts, and the map for perf.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <sstream>
+
+#include "base/mapping.hpp"
+#include "kvm/soft/soft.hpp"
+#include "kvm/soft/translate/perf_map.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+using testing::HasSubstr;
+using testing::Not;
+
+constexpr uint64_t ram_size = 1 << 20, code_at = 0x8000, data_at = 0xa000;
+
+// A 32-bit guest with flat segments and no paging.
+class Guest {
+ public:
+  Guest(const Options& options, std::initializer_list<uint8_t> code)
+      : system_(open(options)), vm_(system_->create_vm()) {
+    std::copy(code.begin(), code.end(), ram_.data() + code_at);
+    kvm_userspace_memory_region region{};
+    region.memory_size = ram_size;
+    region.userspace_addr = reinterpret_cast<uint64_t>(ram_.data());
+    vm_->set_user_memory_region(region);
+    vcpu_ = vm_->create_vcpu(0);
+    vcpu_->set_cpuid2(system_->supported_cpuid());
+    kvm_sregs sregs = vcpu_->sregs();
+    kvm_segment segment{};
+    segment.limit = 0xffffffff;
+    segment.present = 1, segment.s = 1, segment.g = 1, segment.db = 1;
+    segment.type = 3, segment.selector = 0x10;
+    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = segment;
+    segment.type = 11, segment.selector = 0x8;
+    sregs.cs = segment;
+    sregs.cr0 = 0x11;  // PE, ET
+    vcpu_->set_sregs(sregs);
+  }
+
+  // From the start of the code to its OUT.
+  void run(uint64_t count) {
+    kvm_regs regs{};
+    regs.rip = code_at, regs.rsi = data_at, regs.rcx = count, regs.rflags = 2;
+    vcpu_->set_regs(regs);
+    const Exit exit = vcpu_->run();
+    ASSERT_EQ(exit.status(), 0);
+    ASSERT_EQ(exit.reason(), unsigned{KVM_EXIT_IO}) << exit.describe();
+  }
+
+  std::map<std::string, uint64_t> counted() {
+    std::map<std::string, uint64_t> all;
+    for (const Statistic& s : vcpu_->statistics()) all[s.group + "." + s.name] += s.value;
+    return all;
+  }
+  uint8_t* code() { return ram_.data() + code_at; }
+  Vm& vm() { return *vm_; }
+
+ private:
+  std::unique_ptr<System> system_;
+  Mapping ram_ = Mapping::anonymous(ram_size);
+  std::unique_ptr<Vm> vm_;
+  std::unique_ptr<Vcpu> vcpu_;
+};
+
+// 1: mov (%esi),%eax; add %ecx,%eax; mov %eax,4096(%esi); dec %ecx; jnz 1b; out %al,$0x80
+const std::initializer_list<uint8_t> loop = {0x8b, 0x06, 0x01, 0xc8, 0x89, 0x86, 0x00, 0x10,
+                                             0x00, 0x00, 0x49, 0x75, 0xf3, 0xe6, 0x80};
+
+TEST(SoftStatistics, CountsInstructionsAndLookUpsOfTranslatedCode) {
+  Guest guest({.count = true}, loop);
+  guest.run(100'000);
+  const auto counted = guest.counted();
+  const uint64_t all = counted.at("instructions.interpreted") + counted.at("instructions.translated");
+  // OUT runs again, alone, when its answer is there; the count of a block that ends early is corrected.
+  EXPECT_GE(all, 500'000u);
+  EXPECT_LE(all, 500'100u);
+  EXPECT_GT(counted.at("instructions.translated"), 499'000u);
+  // Two accesses off ESI that lie too far apart for one look-up.
+  EXPECT_GT(counted.at("soft_tlb.lookups"), 199'000u);
+  EXPECT_LE(counted.at("soft_tlb.lookups"), 200'000u);
+  EXPECT_LT(counted.at("soft_tlb.misses"), 10u);
+  EXPECT_GE(counted.at("blocks.translated"), 1u);
+  EXPECT_GE(counted.at("blocks.decoded"), counted.at("blocks.translated"));
+  EXPECT_GT(counted.at("code_cache.used_bytes"), 0u);
+}
+
+TEST(SoftStatistics, CountsNothingInTranslatedCodeUnlessAsked) {
+  Guest guest({}, loop);
+  guest.run(100'000);
+  const auto counted = guest.counted();
+  EXPECT_FALSE(counted.contains("instructions.translated"));
+  EXPECT_FALSE(counted.contains("soft_tlb.lookups"));
+  EXPECT_GE(counted.at("blocks.translated"), 1u);
+}
+
+TEST(SoftStatistics, CountsAreTheSameByTheInterpreter) {
+  Guest guest({.engine = Engine::interpret, .count = true}, loop);
+  guest.run(1000);
+  const auto counted = guest.counted();
+  EXPECT_GE(counted.at("instructions.interpreted"), 5000u);
+  EXPECT_LE(counted.at("instructions.interpreted"), 5010u);
+  EXPECT_FALSE(counted.contains("instructions.translated"));
+}
+
+TEST(SoftStatistics, NamesWhatIsLeftToTheInterpreter) {
+  // 1: mov %ecx,%edi; str %eax; mov %edi,%ecx; dec %ecx; jnz 1b; out
+  Guest guest({.count = true}, {0x89, 0xcf, 0x0f, 0x00, 0xc8, 0x89, 0xf9, 0x49, 0x75, 0xf6, 0xe6, 0x80});
+  guest.run(1000);
+  const auto counted = guest.counted();
+  EXPECT_GT(counted.at("left_to_interpreter.str"), 900u);
+  EXPECT_LE(counted.at("left_to_interpreter.str"), 1000u);
+  const uint64_t all = counted.at("instructions.interpreted") + counted.at("instructions.translated");
+  EXPECT_GE(all, 5000u);
+  EXPECT_LE(all, 5010u);
+}
+
+TEST(SoftStatistics, TellsAPageCrossingFromAFill) {
+  // 1: mov 4094(%esi),%eax; dec %ecx; jnz 1b; out
+  Guest guest({.count = true}, {0x8b, 0x86, 0xfe, 0x0f, 0x00, 0x00, 0x49, 0x75, 0xf7, 0xe6, 0x80});
+  guest.run(1000);
+  const auto counted = guest.counted();
+  EXPECT_GT(counted.at("slow_paths.page_crossing"), 900u);
+  EXPECT_LE(counted.at("slow_paths.filled"), 2u);
+  EXPECT_EQ(counted.at("slow_paths.native_fault"), 0u);
+  EXPECT_EQ(counted.at("soft_tlb.misses"), counted.at("slow_paths.page_crossing") +
+                                               counted.at("slow_paths.filled") +
+                                               counted.at("slow_paths.guarded"));
+}
+
+std::string read(const std::string& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+struct Piece {
+  uint64_t begin, size;
+  std::string name;
+};
+
+std::vector<Piece> parse(const std::string& text) {
+  std::vector<Piece> pieces;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    std::istringstream words(line);
+    Piece piece{};
+    words >> std::hex >> piece.begin >> piece.size >> piece.name;
+    EXPECT_FALSE(words.fail()) << line;
+    EXPECT_TRUE(words.eof()) << line;
+    pieces.push_back(piece);
+  }
+  return pieces;
+}
+
+bool is_executable(uint64_t address) {
+  std::istringstream lines(read("/proc/self/maps"));
+  for (std::string line; std::getline(lines, line);) {
+    uint64_t begin = 0, end = 0;
+    char mode[5] = {};
+    if (std::sscanf(line.c_str(), "%lx-%lx %4s", &begin, &end, mode) == 3 && address >= begin &&
+        address < end)
+      return mode[2] == 'x';
+  }
+  return false;
+}
+
+void expect_no_overlap(std::vector<Piece> pieces) {
+  std::ranges::sort(pieces, {}, &Piece::begin);
+  for (size_t i = 1; i < pieces.size(); ++i)
+    EXPECT_GE(pieces[i].begin, pieces[i - 1].begin + pieces[i - 1].size) << pieces[i].name;
+}
+
+TEST(PerfMapOfGuest, NamesTranslatedCodeByGuestAddress) {
+  const std::string path = "/tmp/perf-" + std::to_string(::getpid()) + ".map";
+  {
+    Guest guest({.perf_map = true}, loop);
+    guest.run(1000);
+    const auto pieces = parse(read(path));
+    ASSERT_GE(pieces.size(), 2u);
+    EXPECT_EQ(pieces[0].name, "lodge_stubs_cpu0");
+    EXPECT_THAT(read(path), HasSubstr("guest_kernel32_0x8000\n"));
+    expect_no_overlap(pieces);
+    for (const Piece& piece : pieces) {
+      EXPECT_GT(piece.size, 0u);
+      EXPECT_TRUE(is_executable(piece.begin) && is_executable(piece.begin + piece.size - 1)) << piece.name;
+    }
+  }
+  EXPECT_THAT(read(path), HasSubstr("guest_kernel32_0x8000\n"));  // for a report after the run
+  ::unlink(path.c_str());
+}
+
+// Code that changes with every round fills the smallest cache.
+TEST(PerfMapOfGuest, HasNoStaleLinesAfterAFullFlush) {
+  const std::string path = "/tmp/perf-" + std::to_string(::getpid()) + ".map";
+  {
+    Guest guest({.code_cache = size_t{1} << 20, .perf_map = true}, loop);
+    for (uint64_t round = 0; guest.counted().at("code_cache.flushes") < 2; ++round) {
+      ASSERT_LT(round, 100'000u);
+      guest.vm().note_write(code_at, 16);
+      guest.run(40);
+    }
+    guest.vm().note_write(code_at, 16);
+    guest.run(1000);
+    expect_no_overlap(parse(read(path)));
+    EXPECT_THAT(read(path), HasSubstr("guest_kernel32_0x8000\n"));
+  }
+  ::unlink(path.c_str());
+}
+
+TEST(PerfMap, ForgetsOneOwnerOnly) {
+  const std::string path = testing::TempDir() + "perf-map-test";
+  PerfMap map(path);
+  const uint8_t code[64] = {};
+  const int a = 0, b = 0;
+  map.add(&a, code, code + 16, "one");
+  map.add(&b, code + 32, code + 64, "two");
+  EXPECT_EQ(parse(read(path)).size(), 2u);
+  map.forget(&a);
+  const auto pieces = parse(read(path));
+  ASSERT_EQ(pieces.size(), 1u);
+  EXPECT_EQ(pieces[0].name, "two");
+  EXPECT_EQ(pieces[0].begin, reinterpret_cast<uintptr_t>(code + 32));
+  EXPECT_EQ(pieces[0].size, 32u);
+  map.add(&a, code, code + 8, "three");
+  EXPECT_EQ(parse(read(path)).size(), 2u);
+  ::unlink(path.c_str());
+}
+
+// /tmp is everybody's: a link that waits there must not be followed.
+TEST(PerfMap, DoesNotWriteThroughALink) {
+  const std::string victim = testing::TempDir() + "perf-map-victim";
+  const std::string path = testing::TempDir() + "perf-map-link";
+  std::ofstream(victim) << "precious";
+  std::filesystem::remove(path);
+  std::filesystem::create_symlink(victim, path);
+  {
+    PerfMap map(path);
+    const uint8_t code[1] = {};
+    map.add(&map, code, code + 1, "x");
+  }
+  EXPECT_EQ(read(victim), "precious");
+  EXPECT_THAT(read(path), Not(HasSubstr("precious")));
+  ::unlink(path.c_str());
+  ::unlink(victim.c_str());
+}
+
+TEST(PerfMap, SaysWhyItCannotBeWritten) {
+  EXPECT_THROW(PerfMap("/nonexistent/perf.map"), std::system_error);
+}
+
+}  // namespace
+}  // namespace lodge::kvm::soft
