@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <string_view>
 
 #include "kvm/soft/interpret/vector/host.hpp"
 #include "kvm/soft/mmu/host_access.hpp"
@@ -31,7 +32,7 @@ struct SoftVcpu::Outcomes {
 
 std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& journal) const {
   std::string text;
-  const auto differ = [&](const std::string& what, uint64_t interpreted, uint64_t translated) {
+  const auto differ = [&](std::string_view what, uint64_t interpreted, uint64_t translated) {
     if (interpreted != translated)
       text += fmt::format("\n  {}: interpreted {:#x}, translated {:#x}", what, interpreted, translated);
   };
@@ -49,9 +50,13 @@ std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& jou
   }
   for (unsigned i = 0; i < 32; ++i)
     if (wanted.state.vector.zmm[i] != cpu_.vector.zmm[i]) text += fmt::format("\n  zmm{} differs", i);
-  for (unsigned i = 0; i < 8; ++i) differ(fmt::format("k{}", i), wanted.state.vector.k[i], cpu_.vector.k[i]);
+  // Names are made when there is something to name: this runs for every block.
+  for (unsigned i = 0; i < 8; ++i)
+    if (wanted.state.vector.k[i] != cpu_.vector.k[i])
+      differ(fmt::format("k{}", i), wanted.state.vector.k[i], cpu_.vector.k[i]);
   for (unsigned i = 0; i < 160; ++i)
-    if ((i < 6 || i >= 24) && (i < 28 || i >= 32) && (i < 32 || i % 16 < 10))
+    if (wanted.state.vector.fx[i] != cpu_.vector.fx[i] && (i < 6 || i >= 24) && (i < 28 || i >= 32) &&
+        (i < 32 || i % 16 < 10))
       differ(fmt::format("fxsave byte {}", i), wanted.state.vector.fx[i], cpu_.vector.fx[i]);
   for (const WriteJournal::Entry& entry : journal.entries) {
     uint8_t now[64];

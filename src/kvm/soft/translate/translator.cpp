@@ -269,6 +269,7 @@ bool Translator::run(Block& block) noexcept {
   if (Block* again = std::exchange(retranslate_, nullptr); again != nullptr) {
     again->runs_are_poor = true;
     for (auto& code : again->code) code.reset();
+    if (once_) return false;  // it has left in the middle of the block
   }
   return true;
 }

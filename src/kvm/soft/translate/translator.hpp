@@ -58,7 +58,8 @@ class Translator {
   // in the Cpu, at an instruction boundary, with `pending` or `stops` set when an instruction wanted that.
   bool run(Block& block) noexcept;
 
-  // The same for one block only, without a link to what comes behind. For the lockstep engine.
+  // The same for one block only, without a link to what comes behind; false also when it left in the middle
+  // of the block, to be translated anew. For the lockstep engine.
   bool run_once(Block& block) noexcept;
   bool ready(Block& block) noexcept {
     sync();
