@@ -120,6 +120,10 @@ void SoftVcpu::drop_write_tags(uint64_t host_page) noexcept {
       }
 }
 
+bool SoftVcpu::event_waits() noexcept {
+  return recheck_ && (timer_->near() || nmi_pending_ || interrupts_open());
+}
+
 bool SoftVcpu::wants_attention() noexcept {
   return cpu_.request.load(std::memory_order_relaxed) != 0 ||
          vm_.code_epoch().load(std::memory_order_acquire) != seen_code_epoch_;

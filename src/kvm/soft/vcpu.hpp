@@ -116,7 +116,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   // BlockSource
   Block* block_at(uint64_t linear) noexcept override { return lookup_slowly(linear, cpu_.decode_key); }
   bool wants_attention() noexcept override;
-  bool event_waits() noexcept override { return recheck_; }
+  bool event_waits() noexcept override;
 
   // What the LAPIC sees of this vCPU.
   class Port final : public VcpuPort {

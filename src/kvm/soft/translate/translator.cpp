@@ -188,7 +188,7 @@ void Translator::reset_slots(std::vector<uint32_t>& slots) noexcept {
 }
 
 uint32_t Translator::jump_index(uint64_t linear) noexcept {
-  return static_cast<uint32_t>(linear) * jump_multiplier >> 20;
+  return static_cast<uint32_t>(linear) * jump_multiplier >> (32 - TranslatorArea::jump_bits);
 }
 
 void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
@@ -297,6 +297,7 @@ const void* Translator::resume_at_rip() noexcept {
 
 const void* Translator::resume_at_rip(uint8_t level) noexcept {
   cpu_.block = nullptr;
+  if (cpu_.interrupt_shadow && !leave_shadow()) return leave();
   if (cpu_.stops != 0 || cpu_.pending.valid || source_.wants_attention() || event_waits()) return leave();
   if (once_ || cpu_.mode() == Mode::bits16) return leave();
   sync();
@@ -317,9 +318,33 @@ const void* Translator::resume_at_rip(uint8_t level) noexcept {
   return resume(t->begin, boundary);
 }
 
+// The instruction behind STI or MOV SS, while nobody waits to interrupt: by the interpreter, and on.
+bool Translator::leave_shadow() noexcept {
+  constexpr uint64_t shadow_only = 1;  // it comes first in `stops`
+  if (cpu_.stops != shadow_only || once_ || cpu_.pending.valid || source_.wants_attention() || event_waits())
+    return false;
+  sync();
+  Block* block = source_.block_at(cpu_.rip);
+  if (block == nullptr || source_.wants_attention()) return false;
+  cpu_.gpr[gpr_rip] = cpu_.rip;
+  cpu_.block = block;
+  cpu_.interrupt_shadow = false;
+  interpret(block->ops.front());
+  cpu_.block = nullptr;
+  return true;
+}
+
 // One op by the interpreter; false when it did not end with "next instruction".
 bool Translator::interpret(const Op& op) noexcept {
   ++statistics_.interpreted;
+  if (op.handler == run_complex) {
+    switch (op.complex(cpu_, op)) {
+      case Step::next: cpu_.rip = cpu_.next_rip(op); return cpu_.stops == 0;
+      case Step::fault: cpu_.rip = cpu_.this_rip(op); return false;
+      case Step::exit: cpu_.leave_run = true; return false;
+      case Step::branch: return cpu_.stops == 0 && !cpu_.pending.valid && cpu_.rip == cpu_.next_rip(op);
+    }
+  }
   Op pair[2] = {op, Decoder::end_of_block(op.offset + op.length)};
   pair[0].handler(cpu_, pair);
   return !cpu_.interrupted_access() && cpu_.stops == 0 && cpu_.rip == cpu_.next_rip(op);

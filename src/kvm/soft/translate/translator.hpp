@@ -26,7 +26,8 @@ class BlockSource {
   virtual Block* block_at(uint64_t linear) noexcept = 0;
   // Whether translated code has to end now: a request, or a page of code that was written to.
   virtual bool wants_attention() noexcept = 0;
-  // Whether an event waits until the guest can take it: asked behind every interpreted instruction.
+  // Whether an event has waited until the guest can take it, which may be now: asked behind every
+  // interpreted instruction.
   virtual bool event_waits() noexcept = 0;
 };
 
@@ -110,6 +111,7 @@ class Translator {
   bool event_waits() noexcept { return !once_ && source_.event_waits(); }
   const void* leave() noexcept;
   const void* resume(const uint8_t* code, Boundary boundary) noexcept;
+  bool leave_shadow() noexcept;
   const void* resume_at_rip() noexcept;
   const void* resume_at_rip(uint8_t level) noexcept;
   void before_interpreting(const Site& site) noexcept;

@@ -726,9 +726,9 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   e_.state(0x83, 7, o_.request, false);  // cmp dword [request], 0
   e_.u8(0);
   uint8_t* const requested = e_.jump_if(5);
-  e_.state(0x33, scratch0, o_.tag);                                            // xor r10, [tag]
-  e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);  // imul r11d, r10d
-  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(20);                            // shr r11d, 20
+  e_.state(0x33, scratch0, o_.tag);                                              // xor r10, [tag]
+  e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);    // imul r11d, r10d
+  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(32 - TranslatorArea::jump_bits);  // shr r11d, 20
   // cmp [jump_tag + r11 * 8], r10
   e_.indexed(0x39, scratch0, scratch1, 3, o_.jump_tag + table);
   uint8_t* const miss = e_.jump_if(5);
