@@ -14,7 +14,9 @@ from .samples import Sample
 from .units import MIB
 
 PROMPT = "compare: idle#"
-SETTLE = 5  # seconds for the guest's own late work after the prompt
+# Seconds for the guest's own late work after the prompt, and for Lodge's vCPUs to find out that they are idle (two
+# windows of 10 s at most).
+SETTLE = 25
 
 
 @dataclasses.dataclass(frozen=True)

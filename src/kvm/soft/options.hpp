@@ -15,8 +15,9 @@ enum class Engine : uint8_t {
 struct Options {
   Engine engine = Engine::translate;
   size_t code_cache = size_t{64} << 20;  // bytes of host code for each vCPU, at most; at least 1 MiB
-  bool perf_map = false;                 // names translated code for perf in /tmp/perf-PID.map
-  bool count = false;  // guest instructions and look-ups of translated code: costs some of its speed
+  unsigned idle_ms = 10'000;  // a vCPU idle for so long gives memory for decoded and translated code back
+  bool perf_map = false;      // names translated code for perf in /tmp/perf-PID.map
+  bool count = false;         // guest instructions and look-ups of translated code: costs some of its speed
 };
 
 }  // namespace lodge::kvm::soft

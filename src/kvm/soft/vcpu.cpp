@@ -43,6 +43,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       engine_(vm.options().engine),
       jumps_(std::make_unique<std::array<Block::Link, jump_entries>>()),
       map_(vm.memory()),
+      idle_(uint64_t{vm.options().idle_ms} * 1'000'000),
       timer_(std::make_shared<VcpuTimer>(vm.timers(), vm.tsc_khz(), [this] { post(request::timer); })),
       mp_state_(KVM_MP_STATE_RUNNABLE),
       tsc_khz_(vm.tsc_khz()) {
@@ -300,8 +301,9 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
   }
   ++counts_.halts;
   leave_guest();
+  const uint64_t patience = give_back_when_idle();
   sleeping_.store(true);
-  if (cpu_.request.load() == 0) timer_->wait(cpu_.request);
+  if (cpu_.request.load() == 0) timer_->wait(cpu_.request, patience);
   sleeping_.store(false);
   enter_guest();
   // A signal, for a VMM that kicks by signals.

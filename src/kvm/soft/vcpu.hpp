@@ -13,6 +13,7 @@
 #include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/cpu/steal_time.hpp"
 #include "kvm/soft/decode/decoder.hpp"
+#include "kvm/soft/idle_watch.hpp"
 #include "kvm/soft/interpret/block.hpp"
 #include "kvm/soft/irqchip/vcpu_port.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
@@ -152,6 +153,8 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Outcome take_init_and_sipi(uint32_t bits) noexcept;
   Outcome inject() noexcept;
   Outcome wait_while_halted() noexcept;
+  // Before a halt; how long to sleep at most, in nanoseconds.
+  uint64_t give_back_when_idle() noexcept;
   void end_halt() noexcept;
   bool wakes() noexcept;
   Outcome run_blocks() noexcept;
@@ -209,7 +212,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Lapic* lapic_ = nullptr;
   uint64_t instructions_ = 0;
   struct Counts {
-    uint64_t decoded = 0, exceptions = 0, interrupts = 0, nmis = 0, halts = 0;
+    uint64_t decoded = 0, exceptions = 0, interrupts = 0, nmis = 0, halts = 0, given_back = 0;
   } counts_;
   bool fetch_failed_ = false;  // code is not in RAM
 
@@ -222,6 +225,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   std::atomic<bool> sleeping_{false};
 
   StealTime steal_{cpu_};
+  IdleWatch idle_;
   const std::shared_ptr<VcpuTimer> timer_;  // the LAPIC may outlive the vCPU
 
   // Events.

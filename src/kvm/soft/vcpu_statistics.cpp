@@ -46,6 +46,7 @@ std::vector<Statistic> SoftVcpu::statistics() {
   list.add("halts", counts_.halts);
   list.group("blocks");
   list.add("decoded", counts_.decoded);
+  list.add("given_back", counts_.given_back);
   if (translator_) {
     const TranslatorStatistics& s = translator_->statistics();
     list.add("translated", s.translations);

@@ -23,6 +23,11 @@ bool futex_wait(std::atomic<uint32_t>& word, const timespec* until) noexcept {
   return result == 0 || errno != ETIMEDOUT;
 }
 
+timespec until(uint64_t ns) noexcept {
+  return {.tv_sec = static_cast<time_t>(ns / 1'000'000'000),
+          .tv_nsec = static_cast<long>(ns % 1'000'000'000)};
+}
+
 uint64_t tsc() noexcept {
   return __builtin_ia32_rdtsc();
 }
@@ -133,10 +138,17 @@ uint64_t VcpuTimer::halted_lead(uint64_t now_tsc) noexcept {
   return std::min(lead_halted_.ns(), nanoseconds(spin_credit_));
 }
 
-void VcpuTimer::wait(std::atomic<uint32_t>& word) noexcept {
+void VcpuTimer::wait(std::atomic<uint32_t>& word, uint64_t at_most_ns) noexcept {
   const uint64_t deadline = deadline_;
-  if (deadline == 0) {
+  if (deadline == 0 && at_most_ns == forever) {
     futex_wait(word, nullptr);
+    return;
+  }
+  if (const uint64_t now = tsc();
+      deadline == 0 || (now < deadline && nanoseconds(deadline - now) > at_most_ns)) {
+    // Before the deadline: what the host was asked for stays as it is.
+    const timespec time = until(clock_.now() + at_most_ns);
+    futex_wait(word, &time);
     return;
   }
   tighten_slack();
@@ -146,11 +158,10 @@ void VcpuTimer::wait(std::atomic<uint32_t>& word) noexcept {
   const uint64_t lead = halted_lead(start);
   bool timed_out = true;
   if (left > lead) {
-    const uint64_t until = clock_.now() + left - lead;
-    const timespec time{.tv_sec = static_cast<time_t>(until / 1'000'000'000),
-                        .tv_nsec = static_cast<long>(until % 1'000'000'000)};
+    const uint64_t end = clock_.now() + left - lead;
+    const timespec time = until(end);
     timed_out = !futex_wait(word, &time);
-    if (timed_out) lead_halted_.observe(clock_.now() - until);
+    if (timed_out) lead_halted_.observe(clock_.now() - end);
   }
   const uint64_t woken = tsc();
   if (timed_out) {

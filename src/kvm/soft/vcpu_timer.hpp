@@ -46,8 +46,10 @@ class VcpuTimer {
   bool near() const noexcept { return near_.load(std::memory_order_relaxed); }
   void approach() noexcept;  // after `approaching`
   void expire_if_due() noexcept;
-  // Sleeps until `word` is not 0, the deadline has come, or a signal has. May return early.
-  void wait(std::atomic<uint32_t>& word) noexcept;
+  // Sleeps until `word` is not 0, the deadline has come, `at_most_ns` are over, or a signal has come. May
+  // return early.
+  static constexpr uint64_t forever = UINT64_MAX;
+  void wait(std::atomic<uint32_t>& word, uint64_t at_most_ns = forever) noexcept;
 
  private:
   class Handle;

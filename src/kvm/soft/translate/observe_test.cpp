@@ -3,13 +3,16 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
 #include <sstream>
+#include <thread>
 
 #include "base/mapping.hpp"
+#include "kvm/soft/idle_watch.hpp"
 #include "kvm/soft/soft.hpp"
 #include "kvm/soft/translate/perf_map.hpp"
 
@@ -24,13 +27,14 @@ constexpr uint64_t ram_size = 1 << 20, code_at = 0x8000, data_at = 0xa000;
 // A 32-bit guest with flat segments and no paging.
 class Guest {
  public:
-  Guest(const Options& options, std::initializer_list<uint8_t> code)
+  Guest(const Options& options, std::initializer_list<uint8_t> code, bool irqchip = false)
       : system_(open(options)), vm_(system_->create_vm()) {
     std::copy(code.begin(), code.end(), ram_.data() + code_at);
     kvm_userspace_memory_region region{};
     region.memory_size = ram_size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram_.data());
     vm_->set_user_memory_region(region);
+    if (irqchip) vm_->create_irqchip();
     vcpu_ = vm_->create_vcpu(0);
     vcpu_->set_cpuid2(system_->supported_cpuid());
     kvm_sregs sregs = vcpu_->sregs();
@@ -48,11 +52,22 @@ class Guest {
   // From the start of the code to its OUT.
   void run(uint64_t count) {
     kvm_regs regs{};
+    vcpu_->set_mp_state({KVM_MP_STATE_RUNNABLE});  // whatever it halts in
     regs.rip = code_at, regs.rsi = data_at, regs.rcx = count, regs.rflags = 2;
     vcpu_->set_regs(regs);
     const Exit exit = vcpu_->run();
     ASSERT_EQ(exit.status(), 0);
     ASSERT_EQ(exit.reason(), unsigned{KVM_EXIT_IO}) << exit.describe();
+  }
+
+  // Behind the OUT, for so long.
+  void halt(std::chrono::milliseconds time) {
+    std::thread kicker([&] {
+      std::this_thread::sleep_for(time);
+      vcpu_->kick();
+    });
+    EXPECT_TRUE(vcpu_->run().interrupted());
+    kicker.join();
   }
 
   std::map<std::string, uint64_t> counted() {
@@ -133,6 +148,41 @@ TEST(SoftStatistics, TellsAPageCrossingFromAFill) {
   EXPECT_EQ(counted.at("soft_tlb.misses"), counted.at("slow_paths.page_crossing") +
                                                counted.at("slow_paths.filled") +
                                                counted.at("slow_paths.guarded"));
+}
+
+TEST(IdleWatch, TellsAnIdleWindowFromABusyOne) {
+  IdleWatch watch(1000);
+  const auto used = [](uint64_t ns) { return [ns] { return ns; }; };
+  EXPECT_FALSE(watch.idle(5000, used(4000)));  // nothing is known yet
+  EXPECT_EQ(watch.left(5400), 600u);
+  EXPECT_FALSE(watch.idle(5999, used(4000)));  // not over
+  EXPECT_FALSE(watch.idle(6000, used(4020)));  // a fiftieth
+  EXPECT_TRUE(watch.idle(7000, used(4039)));
+  EXPECT_FALSE(watch.idle(7001, used(4039)));  // once
+  EXPECT_TRUE(watch.idle(100'000, used(4039)));
+}
+
+// With irqchip, because without it HLT leaves the accelerator.
+TEST(SoftIdle, AHaltedVcpuGivesBackWhatItHasTranslated) {
+  // loop; out; hlt
+  Guest guest(
+      {.idle_ms = 200},
+      {0x8b, 0x06, 0x01, 0xc8, 0x89, 0x86, 0x00, 0x10, 0x00, 0x00, 0x49, 0x75, 0xf3, 0xe6, 0x80, 0xf4}, true);
+  while (guest.counted().at("code_cache.used_bytes") < 1200u << 10) {
+    guest.vm().note_write(code_at, 16);
+    guest.run(40);
+  }
+  EXPECT_EQ(guest.counted().at("blocks.given_back"), 0u);
+  const auto start = std::chrono::steady_clock::now();
+  guest.halt(std::chrono::seconds(1));
+  EXPECT_GE(std::chrono::steady_clock::now() - start, std::chrono::seconds(1));
+  const auto counted = guest.counted();
+  EXPECT_EQ(counted.at("blocks.given_back"), 1u);
+  EXPECT_EQ(counted.at("code_cache.flushes"), 0u);
+  EXPECT_LT(counted.at("code_cache.used_bytes"), 64u << 10);
+  EXPECT_LE(counted.at("events.halts"), 5u);  // it slept
+  guest.run(100'000);
+  EXPECT_GT(guest.counted().at("blocks.translated"), counted.at("blocks.translated"));
 }
 
 std::string read(const std::string& path) {

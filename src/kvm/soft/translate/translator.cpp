@@ -18,6 +18,13 @@ constexpr uint32_t hot = 16;
 // Room that is certainly enough for one translation.
 constexpr size_t largest_translation = size_t{64} << 10;
 
+// The whole pages of [begin, end).
+void discard(void* begin, void* end) noexcept {
+  const uint64_t first = (reinterpret_cast<uint64_t>(begin) + page_mask) & ~page_mask;
+  const uint64_t last = reinterpret_cast<uint64_t>(end) & ~page_mask;
+  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
+
 bool is_user(const Cpu& cpu) noexcept {
   return cpu.cpl() == 3;
 }
@@ -132,10 +139,29 @@ void Translator::drop_stale() noexcept {
 }
 
 void Translator::rewind() noexcept {
+  start_anew();
+  ++statistics_.flushes;
+}
+
+void Translator::start_anew() noexcept {
   bump_ = const_cast<uint8_t*>(stubs_.end);
   full_ = false;
   restart_perf_map();
-  ++statistics_.flushes;
+}
+
+void Translator::release() noexcept {
+  forget_user();
+  forget_supervisor();
+  start_anew();
+  // No translation is left that could own one.
+  slot_exit_ = {};
+  free_slots_ = {};
+  user_links_ = {};
+  supervisor_links_ = {};
+  by_page_ = {};
+  discard(bump_, code_.data() + code_.size());
+  // Empty entries are zero, so those that share a page with something else may stay.
+  discard(area_.jump_tag.data(), area_.slot.data() + area_.slot.size());
 }
 
 // --- links

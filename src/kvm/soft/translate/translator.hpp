@@ -72,6 +72,8 @@ class Translator {
   // The cache is full: the owner drops all blocks, then calls rewind().
   bool full() const noexcept { return full_; }
   void rewind() noexcept;
+  // The owner has dropped all blocks: gives memory back to the host.
+  void release() noexcept;
 
   const TranslatorStatistics& statistics() const noexcept { return statistics_; }
   // How often the interpreter has run an instruction for translated code, by ZydisMnemonic (0: one that
@@ -101,6 +103,7 @@ class Translator {
   void forget_user() noexcept;
   void forget_supervisor() noexcept;
   uint32_t new_slot(DirectExit& exit) noexcept;  // slot_count: none is left
+  void start_anew() noexcept;
   void reset_slots(std::vector<uint32_t>& slots) noexcept;
   void register_page(const Block& block, uint64_t linear) noexcept;
   void link(DirectExit& exit, Translation& target) noexcept;
