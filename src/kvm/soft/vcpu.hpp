@@ -178,7 +178,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
 
   // The lockstep engine (vcpu_lockstep.cpp)
   struct Outcomes;
-  bool run_both(Block& block) noexcept;
+  bool run_both(Block& block, bool again = false) noexcept;
   std::string difference(const Outcomes& wanted, const WriteJournal& journal) const;
 
   // Decoding (vcpu_fetch.cpp)

@@ -48,8 +48,9 @@ std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& jou
     // Flags that the program cannot see any more are not kept up for an exception's frame.
     differ("flags (LAHF, SETO)", wanted.state.arith, cpu_.arith);
   }
-  for (unsigned i = 0; i < 32; ++i)
-    if (wanted.state.vector.zmm[i] != cpu_.vector.zmm[i]) text += fmt::format("\n  zmm{} differs", i);
+  if (wanted.state.vector.zmm != cpu_.vector.zmm)
+    for (unsigned i = 0; i < 32; ++i)
+      if (wanted.state.vector.zmm[i] != cpu_.vector.zmm[i]) text += fmt::format("\n  zmm{} differs", i);
   // Names are made when there is something to name: this runs for every block.
   for (unsigned i = 0; i < 8; ++i)
     if (wanted.state.vector.k[i] != cpu_.vector.k[i])
@@ -71,7 +72,7 @@ std::string SoftVcpu::difference(const Outcomes& wanted, const WriteJournal& jou
 }
 
 // True when the block was run, in either way; false when it differed.
-bool SoftVcpu::run_both(Block& block) noexcept {
+bool SoftVcpu::run_both(Block& block, bool again) noexcept {
   const Op* const first = block.ops.data();
   const auto interpret = [&] {
     cpu_.gpr[gpr_rip] = cpu_.rip;
@@ -92,16 +93,20 @@ bool SoftVcpu::run_both(Block& block) noexcept {
   TlbSet* const tlb =
       std::exchange(cpu_.tlb, &cpu_.tlb_sets[3]);  // every access by the slow path, which logs
   interpret();
-  if (cpu_.tlb == &cpu_.tlb_sets[3]) cpu_.tlb = tlb;
+  const bool logged = cpu_.tlb == &cpu_.tlb_sets[3];  // to the end: no instruction chose a set
+  if (logged) cpu_.tlb = tlb;
   cpu_.journal = nullptr;
   // Device accesses, code that writes to itself, a change of mode: the interpreter's word stands.
-  if (journal.lost || cpu_.stops != 0 || wants_attention() || cpu_.decode_key != key) return true;
+  if (!logged || journal.lost || cpu_.stops != 0 || wants_attention() || cpu_.decode_key != key) return true;
   const auto wanted = std::make_unique<Outcomes>(Outcomes{cpu_, cpu_.pending});
   for (WriteJournal::Entry& entry : journal.entries) host_read(entry.host, entry.after.data(), entry.size);
-  for (auto entry = journal.entries.rbegin(); entry != journal.entries.rend(); ++entry)
-    host_write(entry->host, entry->before.data(), entry->size);
-  static_cast<CpuState&>(cpu_) = *before;
-  cpu_.pending.valid = false;
+  const auto undo = [&] {
+    for (auto entry = journal.entries.rbegin(); entry != journal.entries.rend(); ++entry)
+      host_write(entry->host, entry->before.data(), entry->size);
+    static_cast<CpuState&>(cpu_) = *before;
+    cpu_.pending.valid = false;
+  };
+  undo();
   // A request ends host code early, on purpose.
   if (!translator_->run_once(block) || cpu_.stops != 0 || wants_attention()) {
     cpu_.stops = 0;
@@ -113,6 +118,12 @@ bool SoftVcpu::run_both(Block& block) noexcept {
   }
   const std::string text = difference(*wanted, journal);
   if (text.empty()) return true;
+  // Another vCPU or the VMM may have written what the block reads, between the two runs. The translator's
+  // mistakes come again.
+  if (!again) {
+    undo();
+    return run_both(block, true);
+  }
   std::string code;
   for (const Op& op : block.ops) {
     uint8_t bytes[15] = {};

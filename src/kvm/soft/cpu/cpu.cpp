@@ -72,7 +72,7 @@ void Cpu::state_changed() noexcept {
       if ((active_dr7() >> 2 * i & 3) == 0) continue;
       ((active_dr7() >> (16 + 4 * i) & 3) == 0 ? code_breakpoints : watchpoints) = true;
     }
-  tlb = &tlb_sets[watchpoints || alignment_checks ? 3 : view()];
+  tlb = &tlb_sets[tlb_set()];
   decode_key = soft::decode_key(*this);
   slow = (system_flags & flag::tf) != 0 || code_breakpoints || debug_step;
 }

@@ -247,6 +247,8 @@ class Cpu : public CpuState {
   // with AC=1 or without SMAP; and one that is never filled, so that every access takes the slow path
   // (watchpoints, alignment checks). For the interpreter's fast paths.
   TlbSet* tlb = nullptr;
+  // Which one the state asks for; lockstep points `tlb` at the empty one for a while.
+  unsigned tlb_set() const noexcept { return watchpoints || alignment_checks ? 3 : view(); }
   std::array<TlbSet, 4> tlb_sets;
 
   // --- derived by state_changed() ---
