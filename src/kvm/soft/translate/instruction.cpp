@@ -250,12 +250,19 @@ void note_registers(Instruction& i) noexcept {
   }
 }
 
+// Displacements that stay 32-bit ones when what RSP has moved by (at most 2 MiB in a block), or the block's
+// place in its page, is added.
+bool modest(int64_t disp) noexcept {
+  constexpr int64_t limit = (int64_t{1} << 31) - (int64_t{1} << 22);
+  return disp >= -limit && disp < limit;
+}
+
 // Whether the memory operand is one that translated code can reach.
 bool good_address(const Cpu& cpu, Instruction& i) noexcept {
   const Op& op = *i.op;
   if ((op.flags & Op::has_memory) == 0 || i.memory_size == 0 || i.memory_size > 64) return false;
   if ((i.insn.attributes & ZYDIS_ATTRIB_HAS_MODRM) == 0) return false;  // absolute 64-bit addresses
-  if (op.disp != static_cast<int32_t>(op.disp)) return false;
+  if (!modest(op.disp)) return false;
   if (cpu.mode() == Mode::bits64) {
     if (op.address_size == 2) return false;
     i.narrow_address = op.address_size == 4;
@@ -276,8 +283,7 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
   const ZydisDecodedInstruction& insn = i.insn;
   if (is_prefetch(insn)) return Kind::nothing;
   if (insn.mnemonic == ZYDIS_MNEMONIC_LEA) {
-    const bool known =
-        i.op->address_size >= 4 && i.op->size >= 4 && i.op->disp == static_cast<int32_t>(i.op->disp);
+    const bool known = i.op->address_size >= 4 && i.op->size >= 4 && modest(i.op->disp);
     return known ? Kind::address : Kind::complex;
   }
   if (is_plain_integer(insn.mnemonic) || is_condition(insn)) {
@@ -367,6 +373,34 @@ Kind choose(const Cpu& cpu, Instruction& i) noexcept {
   }
 }
 
+// Whether the bytes of an instruction of 32-bit code say the same in 64-bit code, where they are copied to.
+// What they ignore here counts there: VEX.B, VEX.W, the fourth bit of VEX.vvvv; 82 is no opcode at all.
+bool same_in_64_bit_code(const Cpu& cpu, const Instruction& i) noexcept {
+  ZydisDecoder decoder;
+  ZydisDecoderInit(&decoder, ZYDIS_MACHINE_MODE_LONG_64, ZYDIS_STACK_WIDTH_64);
+  configure_decoder(decoder, cpu.features);
+  ZydisDecodedInstruction insn;
+  std::array<ZydisDecodedOperand, ZYDIS_MAX_OPERAND_COUNT> operands;
+  const bool increment = i.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY &&
+                         i.insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i.insn.opcode & 0xf0) == 0x40;
+  if (increment) return true;  // copied in another form
+  if (!ZYAN_SUCCESS(
+          ZydisDecoderDecodeFull(&decoder, i.bytes.data(), i.insn.length, &insn, operands.data())) ||
+      insn.length != i.insn.length || insn.mnemonic != i.insn.mnemonic ||
+      insn.operand_count != i.insn.operand_count)
+    return false;
+  for (unsigned n = 0; n < insn.operand_count; ++n) {
+    const ZydisDecodedOperand &wide = operands[n], &narrow = i.operands[n];
+    if (wide.type != narrow.type) return false;
+    const bool flags = wide.type == ZYDIS_OPERAND_TYPE_REGISTER &&
+                       ZydisRegisterGetClass(wide.reg.value) == ZYDIS_REGCLASS_FLAGS;
+    if (flags) continue;
+    if (wide.size != narrow.size) return false;
+    if (wide.type == ZYDIS_OPERAND_TYPE_REGISTER && wide.reg.value != narrow.reg.value) return false;
+  }
+  return true;
+}
+
 unsigned in_memory(uint16_t registers) noexcept {
   return static_cast<unsigned>(__builtin_popcount(registers & (bit(rsp) | bit(scratch0) | bit(scratch1))));
 }
@@ -411,7 +445,9 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
   const bool crowded = out.kind == Kind::memory ? homeless > 1 : homeless > 2;
   // Zydis 4.0 takes F3 REX.B 90 for PAUSE and some SIB forms for others: those the decoder mends by hand.
   const bool unnameable = homeless > 0 && names_high_byte(out);
-  if (crowded || unnameable || out.insn.mnemonic == ZYDIS_MNEMONIC_PAUSE) out.kind = Kind::complex;
+  const bool copied = out.kind == Kind::copy || out.kind == Kind::memory;
+  const bool foreign = copied && cpu.mode() != Mode::bits64 && !same_in_64_bit_code(cpu, out);
+  if (crowded || unnameable || foreign || out.insn.mnemonic == ZYDIS_MNEMONIC_PAUSE) out.kind = Kind::complex;
   if (out.kind == Kind::nothing) out.reads = out.writes = out.replaces = no_flags;
   if (out.kind == Kind::complex) {
     out.reads = all_flags;  // it may fault, and may look at all of them

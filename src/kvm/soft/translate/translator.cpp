@@ -13,8 +13,6 @@
 namespace lodge::kvm::soft {
 namespace {
 
-// How often the interpreter runs a block before it is translated.
-constexpr uint32_t hot = 16;
 // Room that is certainly enough for one translation.
 constexpr size_t largest_translation = size_t{64} << 10;
 
@@ -40,6 +38,7 @@ Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, cons
     : cpu_(cpu),
       area_(area),
       source_(source),
+      options_(options),
       code_(options.code_cache, PROT_READ | PROT_WRITE | PROT_EXEC,
             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0,
             "cannot map the translator's code cache (is executable memory forbidden here?)"),
@@ -63,7 +62,7 @@ Translator::~Translator() {
 Translation* Translator::translation_of(Block& block, Boundary boundary) noexcept {
   std::unique_ptr<Translation>& place = block.code[boundary.index()];
   if (place) return place.get();
-  if (block.untranslatable || block.runs < hot || full_) return nullptr;
+  if (block.untranslatable || block.runs < options_.translate_after || full_) return nullptr;
   return translate(block, boundary);
 }
 
@@ -107,6 +106,8 @@ void Translator::name_for_perf(const Translation& t) noexcept {
 void Translator::remove(Translation& t) noexcept {
   ++removals_;
   while (!t.incoming.empty()) unlink(*t.incoming.back());
+  std::erase(user_crossing_, &t);
+  std::erase(supervisor_crossing_, &t);
   for (DirectExit& exit : t.exits) {
     if (exit.target != nullptr) unlink(exit);
     if (exit.has_slot) {
@@ -173,6 +174,11 @@ void Translator::link(DirectExit& exit, Translation& target) noexcept {
   ++statistics_.links;
   if (exit.displacement != nullptr) {
     Emitter::patch(exit.displacement, target.begin);
+    // It holds while the page behind is mapped as it is, though the page of both stays.
+    auto& crossing = is_user(cpu_) ? user_crossing_ : supervisor_crossing_;
+    if (target.block.host_page[1] != 0 &&
+        std::find(crossing.begin(), crossing.end(), &target) == crossing.end())
+      crossing.push_back(&target);
     return;
   }
   area_.slot[exit.slot] = target.begin;
@@ -213,6 +219,12 @@ void Translator::reset_slots(std::vector<uint32_t>& slots) noexcept {
   slots.clear();
 }
 
+void Translator::unlink_crossing(std::vector<Translation*>& crossing) noexcept {
+  for (Translation* t : crossing)
+    while (!t->incoming.empty()) unlink(*t->incoming.back());
+  crossing.clear();
+}
+
 uint32_t Translator::jump_index(uint64_t linear) noexcept {
   return static_cast<uint32_t>(linear) * jump_multiplier >> (32 - TranslatorArea::jump_bits);
 }
@@ -230,6 +242,7 @@ void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
 void Translator::forget_user() noexcept {
   user_modes_.clear();
   reset_slots(user_links_);
+  unlink_crossing(user_crossing_);
   user_pages_.clear();
   cpu_.user_code_pages.clear();
   cpu_.user_code_flushed = false;
@@ -238,6 +251,7 @@ void Translator::forget_user() noexcept {
 void Translator::forget_supervisor() noexcept {
   supervisor_modes_.clear();
   reset_slots(supervisor_links_);
+  unlink_crossing(supervisor_crossing_);
   supervisor_pages_.clear();
   cpu_.supervisor_code_pages.clear();
   cpu_.supervisor_code_flushed = false;
@@ -267,16 +281,21 @@ void Translator::register_page(const Block& block, uint64_t linear) noexcept {
   const bool user = is_user(cpu_);
   const uint64_t page = linear >> page_shift;
   const auto [it, added] = (user ? user_pages_ : supervisor_pages_).try_emplace(block.host_page[0], page);
-  if (!added && it->second == page) return;
-  if (!added) {
-    // The same code under a second address: what was linked through slots holds for the first one only.
-    forget_user();
-    forget_supervisor();
-    sync();
-    (user ? user_pages_ : supervisor_pages_)[block.host_page[0]] = page;
+  const auto enter = [&](uint64_t entered) {
+    (user ? cpu_.user_code_pages : cpu_.supervisor_code_pages).insert(entered);
+    if (!user && !cpu_.in_global_page(entered << page_shift)) cpu_.supervisor_code_is_local = true;
+  };
+  if (added || it->second != page) {
+    if (!added) {
+      // The same code under a second address: what was linked through slots holds for the first one only.
+      forget_user();
+      forget_supervisor();
+      sync();
+      (user ? user_pages_ : supervisor_pages_)[block.host_page[0]] = page;
+    }
+    enter(page);
   }
-  (user ? cpu_.user_code_pages : cpu_.supervisor_code_pages).insert(page);
-  if (!user && !cpu_.in_global_page(linear)) cpu_.supervisor_code_is_local = true;
+  if (block.host_page[1] != 0) enter(page + 1);
 }
 
 // --- running
@@ -330,7 +349,7 @@ const void* Translator::resume_at_rip(uint8_t level) noexcept {
   const Boundary boundary{.native_flags = false, .level = level};
   const uint64_t linear = cpu_.rip;
   const uint32_t i = jump_index(linear);
-  if (area_.jump_tag[level][i] == (linear ^ area_.tag)) {
+  if (area_.jump_tag[level][i] == (linear ^ area_.tag) && cpu_.canonical(linear)) {
     area_.page = linear & ~page_mask;
     return resume(static_cast<const uint8_t*>(area_.jump_code[level][i]), boundary);
   }

@@ -105,6 +105,7 @@ class Translator {
   uint32_t new_slot(DirectExit& exit) noexcept;  // slot_count: none is left
   void start_anew() noexcept;
   void reset_slots(std::vector<uint32_t>& slots) noexcept;
+  void unlink_crossing(std::vector<Translation*>& crossing) noexcept;
   void register_page(const Block& block, uint64_t linear) noexcept;
   void link(DirectExit& exit, Translation& target) noexcept;
   void unlink(DirectExit& exit) noexcept;
@@ -131,6 +132,7 @@ class Translator {
   Cpu& cpu_;
   TranslatorArea& area_;
   BlockSource& source_;
+  const Options options_;
   Mapping code_;
   uint8_t* bump_;
   Stubs stubs_;
@@ -141,6 +143,8 @@ class Translator {
   std::vector<DirectExit*> slot_exit_;  // whose slot it is; null: free
   std::vector<uint32_t> free_slots_;
   std::vector<uint32_t> user_links_, supervisor_links_;  // slots that are or were linked
+  // Translations that reach into a second page and are linked within their first one.
+  std::vector<Translation*> user_crossing_, supervisor_crossing_;
   // Linear page under which the code of a host page is being run.
   std::unordered_map<uint64_t, uint64_t> user_pages_, supervisor_pages_;
   std::unordered_map<uint64_t, std::vector<Translation*>> by_page_;

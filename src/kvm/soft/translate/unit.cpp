@@ -17,12 +17,14 @@ uint16_t bit(unsigned reg) {
   return static_cast<uint16_t>(1u << reg);
 }
 
-// ADD or SUB of an immediate to RSP, or LEA within it: what it adds.
-bool adds_to_rsp(const Instruction& i, int32_t& amount) noexcept {
+// ADD or SUB of a small immediate to all of RSP (of ESP in 32-bit code), or LEA within it: what it adds.
+bool adds_to_rsp(const Instruction& i, bool wide, int32_t& amount) noexcept {
+  const unsigned word = wide ? 8 : 4;
+  if (i.op->size != word) return false;
   if (i.kind == Kind::address) {
     amount = static_cast<int32_t>(i.op->disp);
-    return i.op->dst == rsp * 8 && i.op->base == rsp && i.op->index == gpr_zero &&
-           i.op->size == i.op->address_size;
+    return amount == static_cast<int16_t>(amount) && i.op->dst == rsp * 8 && i.op->base == rsp &&
+           i.op->index == gpr_zero && i.op->address_size == word;
   }
   if (i.kind != Kind::copy ||
       (i.insn.mnemonic != ZYDIS_MNEMONIC_ADD && i.insn.mnemonic != ZYDIS_MNEMONIC_SUB))
@@ -227,7 +229,7 @@ void UnitEmitter::count(int64_t counter, size_t amount) noexcept {
 // --- instructions without memory operand
 
 void UnitEmitter::emit_copy(const Instruction& i, unsigned n) noexcept {
-  if (int32_t amount = 0; live_[n + 1] == no_flags && adds_to_rsp(i, amount)) {
+  if (int32_t amount = 0; live_[n + 1] == no_flags && adds_to_rsp(i, wide_, amount)) {
     flow_.rsp += amount;
     return;
   }
@@ -254,7 +256,7 @@ void UnitEmitter::emit_copy(const Instruction& i, unsigned n) noexcept {
 }
 
 void UnitEmitter::emit_address(const Instruction& i) noexcept {
-  if (int32_t amount = 0; adds_to_rsp(i, amount)) {
+  if (int32_t amount = 0; adds_to_rsp(i, wide_, amount)) {
     flow_.rsp += amount;
     return;
   }
@@ -361,7 +363,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
           i.kind == Kind::call_indirect)
         break;
     } else if (int32_t amount = 0;
-               adds_to_rsp(i, amount) && (i.kind == Kind::address || live_[k + 1] == no_flags)) {
+               adds_to_rsp(i, wide_, amount) && (i.kind == Kind::address || live_[k + 1] == no_flags)) {
       stack += amount;
       continue;
     } else {
@@ -592,13 +594,37 @@ void UnitEmitter::emit_call(const Instruction& i, unsigned n) noexcept {
   exit_to(start_ + static_cast<int64_t>(i.op->imm));
 }
 
+// Leaves a call to the interpreter when its target, in scratch1, is not canonical: such a call pushes
+// nothing. The flags are stored or dead.
+void UnitEmitter::refuse_odd_target(unsigned n) noexcept {
+  if (!wide_) return;
+  Site& site = new_site(n, n);
+  uint8_t* const odd = jump_if_odd();
+  flow_.native_flags = false;
+  site.before = {.native_flags = false, .level = flow_.level};
+  add_stub(odd, Stubs::complex_op, &site, site.before);
+}
+
+// Jumps when the address in scratch1, which is lost, is not canonical.
+uint8_t* UnitEmitter::jump_if_odd() noexcept {
+  e_.u8(0x49), e_.u8(0xc1), e_.u8(0xfb), e_.u8(47);  // sar r11, 47
+  e_.u8(0x41), e_.u8(0x83), e_.u8(0xc3), e_.u8(1);   // add r11d, 1
+  e_.u8(0x41), e_.u8(0x83), e_.u8(0xfb), e_.u8(1);   // cmp r11d, 1
+  return e_.jump_if(7);                              // ja
+}
+
 void UnitEmitter::emit_call_indirect(const Instruction& i, unsigned n) noexcept {
   const int32_t word = wide_ ? 8 : 4;
   Access push;
   if (!i.has_memory()) {
     access_of(i, push, flow_.rsp);
-    push_return_address(i, reach(push, n));
+    const int64_t disp = reach(push, n);
+    store_flags();
+    load_guest(scratch1, i.op->dst / 8);
+    refuse_odd_target(n);
+    push_return_address(i, disp);
     load_guest(scratch0, i.op->dst / 8);
+    if (!wide_) e_.move(scratch0, scratch0, false);
     exit_indirect(n, -word);
     return;
   }
@@ -616,6 +642,7 @@ void UnitEmitter::emit_call_indirect(const Instruction& i, unsigned n) noexcept 
   e_.u8(wide_ ? 0x4d : 0x45), e_.u8(0x8b);  // mov r11, [r10]
   e_.scratch_operand(scratch1, scratch0, 0, false);
   e_.store(o_.target, scratch1);
+  refuse_odd_target(n);
   access_of(i, push, flow_.rsp);
   look_up(push, n, n);
   push_return_address(i, 0);
@@ -726,6 +753,12 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   e_.state(0x83, 7, o_.request, false);  // cmp dword [request], 0
   e_.u8(0);
   uint8_t* const requested = e_.jump_if(5);
+  // Only canonical addresses differ from each other under every tag.
+  uint8_t* odd = nullptr;
+  if (wide_) {
+    e_.move(scratch1, scratch0);
+    odd = jump_if_odd();
+  }
   e_.state(0x33, scratch0, o_.tag);                                              // xor r10, [tag]
   e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);    // imul r11d, r10d
   e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(32 - TranslatorArea::jump_bits);  // shr r11d, 20
@@ -739,6 +772,7 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   e_.u8(0x42), e_.u8(0xff), e_.u8(0xa4), e_.u8(0xdc), e_.u32(static_cast<uint64_t>(o_.jump_code + table));
   flow_.native_flags = false;
   add_stub(requested, Stubs::indirect, &site, site.before);
+  if (odd != nullptr) add_stub(odd, Stubs::indirect, &site, site.before);
   add_stub(miss, Stubs::indirect, &site, site.before).untag = true;
 }
 

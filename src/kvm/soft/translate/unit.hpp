@@ -58,6 +58,8 @@ class UnitEmitter {
   void emit_leave(const Instruction& i, unsigned n) noexcept;
   void emit_call(const Instruction& i, unsigned n) noexcept;
   void emit_call_indirect(const Instruction& i, unsigned n) noexcept;
+  void refuse_odd_target(unsigned n) noexcept;
+  uint8_t* jump_if_odd() noexcept;
   void emit_ret(const Instruction& i, unsigned n) noexcept;
   void emit_jump_indirect(const Instruction& i, unsigned n) noexcept;
   void emit_branch(const Instruction& i) noexcept;

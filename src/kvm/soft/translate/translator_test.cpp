@@ -1,0 +1,135 @@
+// What the block oracle (tests/oracle) cannot come upon: mappings that change, and addresses made to fit the
+// translator's tables. A kernel-mode guest of a few instructions, translated before its first run.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <initializer_list>
+
+#include "base/mapping.hpp"
+#include "kvm/soft/soft.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+constexpr uint64_t ram_size = 1 << 20, pml4 = 0x1000, pdpt = 0x2000, directory = 0x3000, table = 0x4000,
+                   gdt = 0x5000, idt = 0x6000, handlers = 0x7000, stack_top = 0x9000, code = 0x10000;
+
+kvm_segment segment(uint16_t selector, uint8_t type, bool wide) {
+  kvm_segment s{};
+  s.limit = 0xffff'ffff;
+  s.selector = selector;
+  s.type = type;
+  s.present = s.s = s.g = 1;
+  s.l = wide ? 1 : 0;
+  s.db = wide ? 0 : 1;
+  return s;
+}
+
+class TranslatorGuest : public testing::Test {
+ protected:
+  TranslatorGuest()
+      : system_(open({.engine = Engine::translate, .translate_after = 0})),
+        ram_(Mapping::anonymous(ram_size)),
+        vm_(system_->create_vm()) {
+    put(pml4, pdpt | 3);
+    put(pdpt, directory | 3);
+    put(directory, table | 3);
+    for (uint64_t page = 0; page < ram_size / 4096; ++page) put(table + 8 * page, page << 12 | 3);
+    put(gdt + 8, 0x00af'9b00'0000'ffff);
+    for (uint64_t vector = 0; vector < 32; ++vector) {
+      const uint64_t handler = handlers + 16 * vector;
+      put(idt + 16 * vector, handler | uint64_t{8} << 16 | uint64_t{0x8e00} << 32);
+      ram_.data()[handler] = 0xf4;
+    }
+    vm_->set_user_memory_region({.slot = 0,
+                                 .flags = 0,
+                                 .guest_phys_addr = 0,
+                                 .memory_size = ram_size,
+                                 .userspace_addr = reinterpret_cast<uint64_t>(ram_.data())});
+    vcpu_ = vm_->create_vcpu(0);
+    vcpu_->set_cpuid2(system_->supported_cpuid());
+    kvm_sregs s = vcpu_->sregs();
+    s.cs = segment(8, 11, true);
+    s.ds = s.es = s.ss = segment(16, 3, false);
+    s.gdt = {.base = gdt, .limit = 0x1f, .padding = {}};
+    s.idt = {.base = idt, .limit = 0x1ff, .padding = {}};
+    s.cr0 = 0x8001'0033;
+    s.cr3 = pml4;
+    s.cr4 = 0x20;
+    s.efer = 0x500;
+    vcpu_->set_sregs(s);
+  }
+
+  void put(uint64_t gpa, uint64_t value) { std::memcpy(ram_.data() + gpa, &value, 8); }
+  void place(uint64_t gpa, std::initializer_list<uint8_t> bytes) {
+    std::copy(bytes.begin(), bytes.end(), ram_.data() + gpa);
+  }
+  // Runs to the next HLT.
+  kvm_regs run(kvm_regs regs) {
+    regs.rflags = 2;
+    vcpu_->set_regs(regs);
+    const Exit exit = vcpu_->run();
+    EXPECT_EQ(exit.reason(), static_cast<uint32_t>(KVM_EXIT_HLT)) << exit.describe();
+    return vcpu_->regs();
+  }
+  static constexpr uint64_t halted_in_handler(unsigned vector) { return handlers + 16 * vector + 1; }
+
+  std::unique_ptr<System> system_;
+  Mapping ram_;
+  std::unique_ptr<Vm> vm_;
+  std::unique_ptr<Vcpu> vcpu_;
+};
+
+TEST_F(TranslatorGuest, AnInstructionAcrossPagesFollowsTheMappingOfTheSecond) {
+  constexpr uint64_t first = code + 0x1000, other = 0x40000;
+  place(code, {0x0f, 0x01, 0x3b, 0xe9, 0xf8, 0x0f, 0, 0});     // invlpg [rbx]; jmp first
+  place(first, {0xe9, 0xf9, 0x0f, 0, 0});                      // jmp to the last two bytes of its page
+  place(first + 0xffe, {0xb8, 0x11, 0x22, 0x33, 0x44, 0xf4});  // mov eax, 44332211; hlt
+  place(other, {0x66, 0x77, 0x88, 0xf4});                      // ... 88776611
+  const kvm_regs start{.rbx = first + 0x1000, .rsp = stack_top, .rip = code};
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(start).rax, 0x44332211u);
+  put(table + 8 * ((first >> 12) + 1), other | 3);
+  EXPECT_EQ(run(start).rax, 0x88776611u);
+}
+
+// Tags of the table of indirect branches occupy the bits that are alike in every canonical address.
+TEST_F(TranslatorGuest, NoAddressReachesCodeThroughTheTagOfAnother) {
+  place(code, {0xff, 0xe0});          // jmp rax
+  place(code + 0x100, {0x90, 0xf4});  // nop; hlt
+  const kvm_regs good{.rax = code + 0x100, .rsp = stack_top, .rip = code};
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(good).rip, code + 0x102);
+  for (uint64_t tag = 1; tag < 0x40; ++tag)
+    for (const uint64_t target : {code + 0x100, uint64_t{0}}) {
+      const kvm_regs odd{.rax = target ^ tag << 48, .rsp = stack_top, .rip = code};
+      const kvm_regs after = run(odd);
+      EXPECT_EQ(after.rip, halted_in_handler(13)) << std::hex << odd.rax;
+      // The frame: error code, then the address of the branch itself.
+      uint64_t rip = 0;
+      std::memcpy(&rip, ram_.data() + after.rsp + 8, 8);
+      EXPECT_EQ(rip, code);
+    }
+}
+
+TEST_F(TranslatorGuest, AdditionsToEspClearItsUpperHalf) {
+  // add esp, 8; lea esp, [rsp + 8]; xor eax, eax; hlt
+  place(code, {0x83, 0xc4, 8, 0x8d, 0x64, 0x24, 8, 0x31, 0xc0, 0xf4});
+  EXPECT_EQ(run({.rsp = 0x1'0000'9000, .rip = code}).rsp, 0x9010u);
+}
+
+TEST_F(TranslatorGuest, ACallToANonCanonicalAddressPushesNothing) {
+  place(code, {0xff, 0xd0});       // call rax
+  place(code + 16, {0xff, 0x13});  // call [rbx]
+  put(0xa000, uint64_t{1} << 60);
+  for (const uint64_t rip : {code, code + 16}) {
+    // The exception's frame begins at a multiple of 16, below what the call would have written.
+    put(stack_top, 0x1234);
+    const kvm_regs after = run({.rax = uint64_t{1} << 60, .rbx = 0xa000, .rsp = stack_top + 8, .rip = rip});
+    EXPECT_EQ(after.rip, halted_in_handler(13));
+    uint64_t untouched = 0;
+    std::memcpy(&untouched, ram_.data() + stack_top, 8);
+    EXPECT_EQ(untouched, 0x1234u);
+  }
+}
+
+}  // namespace
+}  // namespace lodge::kvm::soft
