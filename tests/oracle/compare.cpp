@@ -15,7 +15,9 @@ constexpr const char* gpr_names[16] = {"rax", "rcx", "rdx", "rbx", "rsp", "rbp",
                                        "r8",  "r9",  "r10", "r11", "r12", "r13", "r14", "r15"};
 constexpr uint64_t cf = 1, pf = 4, af = 0x10, zf = 0x40, sf = 0x80, tf = 0x100, of = 0x800;
 
-[[gnu::format(printf, 1, 2)]] std::string format(const char* text, ...) {
+}  // namespace
+
+std::string format(const char* text, ...) {
   char buffer[256];
   va_list arguments;
   va_start(arguments, text);
@@ -23,6 +25,8 @@ constexpr uint64_t cf = 1, pf = 4, af = 0x10, zf = 0x40, sf = 0x80, tf = 0x100, 
   va_end(arguments);
   return buffer;
 }
+
+namespace {
 
 std::string hex(const uint8_t* bytes, size_t size) {
   std::string out;
@@ -114,6 +118,8 @@ bool free_length(const Case& c, const Outcome& native, const Outcome& interprete
          interpreted.exception == page_fault;
 }
 
+}  // namespace
+
 bool has_large_area(ZydisMnemonic mnemonic) {
   switch (mnemonic) {
     case ZYDIS_MNEMONIC_FXSAVE:
@@ -127,6 +133,8 @@ bool has_large_area(ZydisMnemonic mnemonic) {
     default: return false;
   }
 }
+
+namespace {
 
 struct Areas {
   std::array<uint8_t, xsave_size> a, b;
@@ -154,13 +162,6 @@ void compare_bytes(std::string& out, const char* what, unsigned index, const uin
   out += format("  %s%u: native ", what, index) + hex(a, size) + ", interpreted " + hex(b, size) + "\n";
 }
 
-// Left to the implementation: whether PE accompanies an unmasked overflow or underflow, and whether an MMX
-// conversion that raises #XM has already switched to MMX.
-struct Freedom {
-  uint32_t mxcsr = 0;
-  bool x87 = false;
-};
-
 Freedom freedom_of(const Case& c, const Instruction& instruction, const Outcome& native) {
   constexpr int alignment_check = 17, simd_exception = 19;
   constexpr uint32_t overflow_underflow = 0x18, inexact = 0x20;
@@ -185,6 +186,8 @@ Freedom freedom_of(const Case& c, const Instruction& instruction, const Outcome&
   return freedom;
 }
 
+}  // namespace
+
 void compare_vectors(std::string& out, const Outcome& native, const Outcome& interpreted, Freedom freedom,
                      bool bits32) {
   Areas x = {native.state.xsave, interpreted.state.xsave};
@@ -201,12 +204,14 @@ void compare_vectors(std::string& out, const Outcome& native, const Outcome& int
   field("fcw", 0, 2);
   field("fsw", 2, 2);
   field("ftw", 4, 1);
-  field("fop", 6, 2);
   // In 32-bit code the upper halves are selectors, which the kernel's 64-bit format does not show. Elsewhere
   // a processor keeps as many bits as its linear addresses have.
   const unsigned pointer_size = bits32 ? 4 : 6;
-  field("fip", 8, pointer_size);
-  field("fdp", 16, pointer_size);
+  if (!freedom.x87_pointers) {
+    field("fop", 6, 2);
+    field("fip", 8, pointer_size);
+    field("fdp", 16, pointer_size);
+  }
   field("mxcsr", 24, 4);
   for (unsigned i = 0; i < 8; ++i) compare_bytes(out, "st", i, &x.a[32 + 16 * i], &x.b[32 + 16 * i], 10);
   for (unsigned i = 0; i < 16; ++i) compare_bytes(out, "xmm", i, &x.a[160 + 16 * i], &x.b[160 + 16 * i], 16);
@@ -223,7 +228,22 @@ void compare_vectors(std::string& out, const Outcome& native, const Outcome& int
   bank("zmm", component::hi16_zmm, 16, 16, 64);
 }
 
-}  // namespace
+void compare_registers(std::string& out, const Outcome& native, const Outcome& other, bool bits32) {
+  const uint64_t mask = bits32 ? 0xffff'ffff : ~uint64_t{0};
+  for (unsigned i = 0; i < (bits32 ? 8 : 16); ++i)
+    if (((native.state.gpr[i] ^ other.state.gpr[i]) & mask) != 0)
+      out += format("  %s: native %lx, here %lx\n", gpr_names[i], native.state.gpr[i], other.state.gpr[i]);
+}
+
+void compare_memory(std::string& out, const Outcome& native, const Outcome& other) {
+  unsigned shown = 0;
+  for (size_t i = 0; i < window_size && shown < 8; ++i)
+    if (native.memory[i] != other.memory[i]) {
+      out += format("  memory %lx: native %02x, here %02x\n", window_base + i, native.memory[i],
+                    other.memory[i]);
+      ++shown;
+    }
+}
 
 std::string differences(const Case& c, const Instruction& instruction, const Outcome& native,
                         const Outcome& interpreted) {
@@ -249,18 +269,8 @@ std::string differences(const Case& c, const Instruction& instruction, const Out
     out += format("  rflags: native %lx, interpreted %lx (undefined %lx)\n", native.state.rflags & ~tf,
                   interpreted.state.rflags & ~tf, mask & ~tf);
   if (!undefined_result(c, instruction, faulted)) {
-    const uint64_t gpr_mask = c.bits32 ? 0xffff'ffff : ~uint64_t{0};
-    for (unsigned i = 0; i < (c.bits32 ? 8 : 16); ++i)
-      if (((native.state.gpr[i] ^ interpreted.state.gpr[i]) & gpr_mask) != 0)
-        out += format("  %s: native %lx, interpreted %lx\n", gpr_names[i], native.state.gpr[i],
-                      interpreted.state.gpr[i]);
-    unsigned shown = 0;
-    for (size_t i = 0; i < window_size && shown < 8; ++i)
-      if (native.memory[i] != interpreted.memory[i]) {
-        out += format("  memory %lx: native %02x, interpreted %02x\n", window_base + i, native.memory[i],
-                      interpreted.memory[i]);
-        ++shown;
-      }
+    compare_registers(out, native, interpreted, c.bits32);
+    compare_memory(out, native, interpreted);
   }
   compare_vectors(out, native, interpreted, freedom_of(c, instruction, native), c.bits32);
   return out;
@@ -275,13 +285,16 @@ std::string describe(const Case& c, const Instruction& instruction) {
                                   nullptr);
   std::string out;
   for (unsigned i = 0; i < c.length; ++i) out += format("%02x", c.code[i]);
-  out += std::string("  ") + text + format("\n  rflags %lx", c.state.rflags);
-  for (unsigned i = 0; i < 16; ++i) out += format(" %s %lx", gpr_names[i], c.state.gpr[i]);
+  return out + "  " + text + "\n" + describe_state(c.state);
+}
+
+std::string describe_state(const State& state) {
+  std::string out = format("  rflags %lx", state.rflags);
+  for (unsigned i = 0; i < 16; ++i) out += format(" %s %lx", gpr_names[i], state.gpr[i]);
   uint32_t mxcsr = 0;
-  std::memcpy(&mxcsr, &c.state.xsave[24], 4);
-  out += format("\n  fcw %s fsw %s ftw %02x mxcsr %x", hex(&c.state.xsave[0], 2).c_str(),
-                hex(&c.state.xsave[2], 2).c_str(), c.state.xsave[4], mxcsr);
-  return out + "\n";
+  std::memcpy(&mxcsr, &state.xsave[24], 4);
+  return out + format("\n  fcw %s fsw %s ftw %02x mxcsr %x\n", hex(&state.xsave[0], 2).c_str(),
+                      hex(&state.xsave[2], 2).c_str(), state.xsave[4], mxcsr);
 }
 
 }  // namespace lodge::oracle

@@ -132,6 +132,8 @@ void put(std::array<uint8_t, xsave_size>& area, size_t at, T value) {
   std::memcpy(&area[at], &value, sizeof(T));
 }
 
+constexpr unsigned longest = 16;  // bytes invented for one instruction
+
 // Inverse of an odd number modulo 2^64, by Newton's iteration.
 uint64_t inverse(uint64_t odd) {
   uint64_t x = odd;
@@ -167,7 +169,7 @@ uint64_t Generator::interesting() {
 // ---------------------------------------------------------------------------------------------
 
 void Generator::invent_bytes(Case& c) {
-  for (auto& byte : c.code) byte = static_cast<uint8_t>(random());
+  std::generate_n(c.code.begin(), longest, [&] { return static_cast<uint8_t>(random()); });
   unsigned at = 0;
   const auto put_byte = [&](uint64_t byte) { c.code[at++] = static_cast<uint8_t>(byte); };
   const auto simd_prefix = [&] {
@@ -456,24 +458,38 @@ bool Generator::place_operand(Case& c, const Instruction& instruction) {
   return true;
 }
 
+bool Generator::decode(std::span<const uint8_t> bytes, Instruction& instruction) const {
+  return ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder_, bytes.data(), std::min<size_t>(bytes.size(), 15),
+                                             &instruction.insn, instruction.operands.data())) &&
+         acceptable(instruction);
+}
+
+bool Generator::invent(Case& c, Instruction& instruction) {
+  invent_bytes(c);
+  if (!decode(c.code, instruction)) return false;
+  // An even spread over mnemonics: moves and the like would otherwise crowd out the rest.
+  return counts_[instruction.insn.mnemonic] <= 8 + 3 * total_ / (counts_.size() + 1);
+}
+
+void Generator::count(const Instruction& instruction) {
+  ++counts_[instruction.insn.mnemonic];
+  ++total_;
+}
+
+void Generator::invent_state(State& state) {
+  random_registers(state);
+  random_vectors(state);
+}
+
 void Generator::next(Case& c, Instruction& instruction) {
   for (;;) {
-    invent_bytes(c);
-    if (!ZYAN_SUCCESS(ZydisDecoderDecodeFull(&decoder_, c.code.data(), 15, &instruction.insn,
-                                             instruction.operands.data())))
-      continue;
-    if (!acceptable(instruction)) continue;
-    // An even spread over mnemonics: moves and the like would otherwise crowd out the rest.
-    uint32_t& count = counts_[instruction.insn.mnemonic];
-    if (count > 8 + 3 * total_ / (counts_.size() + 1)) continue;
-    random_registers(c.state);
-    random_vectors(c.state);
+    if (!invent(c, instruction)) continue;
+    invent_state(c.state);
     place_implicit(c, instruction);
     if (!place_operand(c, instruction)) continue;
     if (bits32_)
       for (auto& reg : c.state.gpr) reg &= 0xffff'ffff;
-    ++count;
-    ++total_;
+    count(instruction);
     break;
   }
   c.length = instruction.insn.length;
@@ -483,7 +499,7 @@ void Generator::next(Case& c, Instruction& instruction) {
             instruction.insn.meta.category == ZYDIS_CATEGORY_AVX2GATHER ||
             instruction.insn.meta.category == ZYDIS_CATEGORY_SCATTER;
   c.whole = c.whole || (is_string(instruction.insn) && repeated(instruction.insn));
-  std::fill(c.code.begin() + c.length, c.code.end(), uint8_t{0xcc});
+  std::fill(c.code.begin() + c.length, c.code.begin() + longest, uint8_t{0xcc});
 }
 
 }  // namespace lodge::oracle

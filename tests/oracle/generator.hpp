@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <random>
+#include <span>
 #include <unordered_map>
 
 #include "case.hpp"
@@ -31,12 +32,19 @@ class Generator {
   void fill_memory(std::array<uint8_t, window_size>& memory);
   size_t mnemonics() const { return counts_.size(); }
 
- private:
+  // --- for blocks: the parts of next() ---
+  // Tries one encoding; one that is kept is to be counted.
+  bool invent(Case& c, Instruction& instruction);
+  void count(const Instruction& instruction);
+  // Whether the bytes are an instruction that may run in the child.
+  bool decode(std::span<const uint8_t> bytes, Instruction& instruction) const;
+  void invent_state(State& state);
   uint64_t random() { return engine_(); }
   uint64_t below(uint64_t n) { return engine_() % n; }
   bool chance(unsigned percent) { return engine_() % 100 < percent; }
   uint64_t interesting();
 
+ private:
   void invent_bytes(Case& c);
   bool acceptable(const Instruction& instruction) const;
   bool known_to_processor(const Instruction& instruction) const;

@@ -96,7 +96,7 @@ void Interpreted::run(const Case& c, std::span<const uint8_t> memory, Outcome& o
   uint8_t* const window = machine_->ram + window_pages;
   std::memcpy(window, memory.data(), window_size);
   std::memset(machine_->ram + code_page, 0xcc, page);
-  std::memcpy(machine_->ram + code_page + (code_rip - code_base), c.code.data(), c.code.size());
+  std::memcpy(machine_->ram + code_page + (code_rip - code_base), c.code.data(), c.length);
   std::copy(c.state.gpr.begin(), c.state.gpr.end(), cpu.gpr.begin());
   cpu.rip = c.state.rip;
   constexpr uint16_t code64 = 0xa0fb, code32 = 0xc0fb;

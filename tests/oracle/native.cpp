@@ -22,7 +22,8 @@ namespace lodge::oracle {
 
 struct Native::Shared {
   alignas(page) std::array<uint8_t, window_size> window;
-  alignas(page) std::array<uint8_t, page> code;
+  alignas(page) std::array<uint8_t, code_size> code;
+  alignas(page) std::array<uint32_t, page / 4> counters;
   alignas(page) std::array<uint8_t, window_size> memory;
   uint32_t count = 0;
   volatile uint32_t current = 0;
@@ -116,7 +117,9 @@ void on_signal(int, siginfo_t*, void* raw) {
   if (!child.running || shared.current >= shared.count) next_batch(child);
   const Case& c = shared.cases[shared.current];
   std::memcpy(shared.window.data(), shared.memory.data(), window_size);
-  std::memcpy(&shared.code[code_rip - code_base], c.code.data(), c.code.size());
+  std::memset(shared.code.data(), 0xcc, code_size);
+  std::memcpy(&shared.code[c.state.rip - code_base], c.code.data(), c.length);
+  if (c.whole) shared.counters.fill(loop_count);
   prepare(context, c);
 }
 
@@ -142,14 +145,15 @@ void map_at(uint64_t address, size_t size, int protection, int fd, off_t offset)
     _exit(4);
 }
 
-[[noreturn]] void child_main(ChildContext& child, int memory_fd) {
+[[noreturn]] void child_main(ChildContext& child, int memory_fd, bool writable_code) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   child_context = &child;
   map_at(window_base, window_writable, PROT_READ | PROT_WRITE, memory_fd, offsetof(Native::Shared, window));
   map_at(window_base + window_writable, window_size - window_writable, PROT_READ, memory_fd,
          offsetof(Native::Shared, window) + static_cast<off_t>(window_writable));
-  map_at(code_base, page, PROT_READ | PROT_EXEC, memory_fd, offsetof(Native::Shared, code));
-  std::memset(&child.shared->code, 0xcc, page);
+  map_at(code_base, code_size, PROT_READ | PROT_EXEC | (writable_code ? PROT_WRITE : 0), memory_fd,
+         offsetof(Native::Shared, code));
+  map_at(counter_base, page, PROT_READ | PROT_WRITE, memory_fd, offsetof(Native::Shared, counters));
 
   constexpr size_t stack_size = 1 << 16;
   stack_t stack = {};
@@ -171,7 +175,7 @@ void map_at(uint64_t address, size_t size, int protection, int fd, off_t offset)
 
 }  // namespace
 
-Native::Native() {
+Native::Native(bool writable_code) : writable_code_(writable_code) {
   memory_fd_ = memfd_create("lodge-oracle", MFD_CLOEXEC);
   if (memory_fd_ < 0 || ftruncate(memory_fd_, sizeof(Shared)) != 0)
     throw std::system_error(errno, std::generic_category(), "memory for the oracle");
@@ -195,7 +199,7 @@ void Native::start() {
     close(down[1]);
     close(up[0]);
     ChildContext context{shared_, down[0], up[1], false};
-    child_main(context, memory_fd_);
+    child_main(context, memory_fd_, writable_code_);
   }
   close(down[0]);
   close(up[1]);
@@ -221,7 +225,7 @@ bool Native::run(std::span<const Case> cases, std::span<const uint8_t> memory, s
   shared_->current = 0;
   char token = 1;
   // A batch takes less than a millisecond.
-  constexpr int patience_ms = 10'000;
+  constexpr int patience_ms = 2'000;
   pollfd ready = {from_child_, POLLIN, 0};
   if (write(to_child_, &token, 1) != 1 || poll(&ready, 1, patience_ms) != 1 ||
       read(from_child_, &token, 1) != 1) {

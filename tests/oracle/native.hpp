@@ -1,6 +1,6 @@
 // Runs cases on the processor itself, in a child that a seccomp filter confines to reading and writing two
 // pipes. Registers are loaded and captured through signal frames: the handler of the trap behind one
-// instruction fills the frame of the next.
+// case fills the frame of the next.
 #pragma once
 
 #include <sys/types.h>
@@ -17,7 +17,8 @@ class Native {
  public:
   static constexpr unsigned batch = 64;
 
-  Native();
+  // `writable_code`: cases may write to themselves.
+  explicit Native(bool writable_code = false);
   ~Native();
   Native(const Native&) = delete;
   Native& operator=(const Native&) = delete;
@@ -30,6 +31,7 @@ class Native {
   struct Shared;  // what parent and child see
 
  private:
+  const bool writable_code_;
   void start();
   void stop();
 
