@@ -58,8 +58,10 @@ TEST(Emitter, ReachesTheStateByShortAndLongDisplacements) {
   EXPECT_EQ(emitted([](Emitter& e) { e.store(0x100, 11); }), "mov qword ptr [rsp+0x100], r11");
   EXPECT_EQ(emitted([](Emitter& e) { e.load32(11, 4); }), "mov r11d, dword ptr [rsp+0x04]");
   EXPECT_EQ(emitted([](Emitter& e) { e.state(0x0fb7, 0, 16, false); }), "movzx eax, word ptr [rsp+0x10]");
-  EXPECT_EQ(emitted([](Emitter& e) { e.indexed(0x2b, 10, 11, 0, 64); }), "sub r10, qword ptr [rsp+r11*1+0x40]");
-  EXPECT_EQ(emitted([](Emitter& e) { e.indexed(0x39, 10, 11, 3, 0x5000); }), "cmp qword ptr [rsp+r11*8+0x5000], r10");
+  EXPECT_EQ(emitted([](Emitter& e) { e.indexed(0x2b, 10, 11, 0, 64); }),
+            "sub r10, qword ptr [rsp+r11*1+0x40]");
+  EXPECT_EQ(emitted([](Emitter& e) { e.indexed(0x39, 10, 11, 3, 0x5000); }),
+            "cmp qword ptr [rsp+r11*8+0x5000], r10");
 }
 
 TEST(Emitter, MovesImmediatesInTheShortestFormThatKeepsThem) {
