@@ -231,7 +231,7 @@ void Cpu::flush_tlb(bool keep_global) noexcept {
 }
 
 void Cpu::flush_page(uint64_t linear) noexcept {
-  bool large = false;
+  bool was_large = false;
   for (TlbSet& set : tlb_sets) {
     set.clear(TlbSet::index(linear));
     // A large page is entered 4 KiB at a time, and INVLPG of any address in it drops it whole. Its size is
@@ -240,13 +240,13 @@ void Cpu::flush_page(uint64_t linear) noexcept {
       for (uint64_t left = set.large[word]; left != 0; left &= left - 1) {
         const unsigned i = word * 64 + static_cast<unsigned>(__builtin_ctzll(left));
         if ((set.page[i] ^ linear) >> 30 == 0) {
-          large = true;
+          was_large = true;
           set.clear(i);
         }
       }
   }
   ++flushes;
-  if (large || user_code_pages.contains(linear >> page_shift) ||
+  if (was_large || user_code_pages.contains(linear >> page_shift) ||
       supervisor_code_pages.contains(linear >> page_shift))
     user_code_flushed = supervisor_code_flushed = true;
 }

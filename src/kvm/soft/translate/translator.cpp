@@ -105,6 +105,7 @@ void Translator::name_for_perf(const Translation& t) noexcept {
 
 void Translator::remove(Translation& t) noexcept {
   ++removals_;
+  if (retranslate_ == &t.block) retranslate_ = nullptr;  // the block may be going, too
   while (!t.incoming.empty()) unlink(*t.incoming.back());
   std::erase(user_crossing_, &t);
   std::erase(supervisor_crossing_, &t);
