@@ -106,6 +106,8 @@ void on_signal(int, siginfo_t*, void* raw) {
   // AC: this code is not careful about alignment. ID and NT: the kernel would carry them over into the next
   // case.
   asm volatile("pushfq; andl $~0x244000, (%%rsp); popfq" ::: "cc", "memory");
+  // Signal frames leave the data segments alone.
+  asm volatile("mov %0, %%ds; mov %0, %%es" ::"r"(uint32_t{selector_data}));
   auto& context = *static_cast<ucontext_t*>(raw);
   ChildContext& child = *child_context;
   Native::Shared& shared = *child.shared;

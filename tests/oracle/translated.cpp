@@ -160,6 +160,14 @@ Translated::~Translated() = default;
 
 void Translated::run(const Case& c, bool fresh_code, std::span<const uint8_t> memory, Outcome& out) {
   Machine& m = *machine_;
+  // Code that nobody has chosen may load a segment register.
+  if (c.bits32) {
+    kvm_sregs s = m.vcpu->sregs();
+    if (s.ds.selector != selector_data || s.es.selector != selector_data) {
+      s.ds = s.es = flat(selector_data, 3, 3, false);
+      m.vcpu->set_sregs(s);
+    }
+  }
   uint8_t* const ram = m.ram.data();
   std::copy(memory.begin(), memory.end(), ram + window_pages);
   if (fresh_code || std::exchange(m.code_changed, false)) {

@@ -45,7 +45,6 @@ UnitEmitter::UnitEmitter(Translator& translator, Translation& translation, uint8
       block_(translation.block),
       o_(translator.stubs_.offsets),
       e_(begin, end),
-      limit_(end),
       wide_(translator.cpu_.mode() == Mode::bits64),
       start_(static_cast<int64_t>(block_.host & page_mask)),
       flow_{.native_flags = translation.boundary.native_flags,

@@ -96,7 +96,6 @@ class UnitEmitter {
   const Block& block_;
   const StateOffsets& o_;
   Emitter e_;
-  uint8_t* const limit_;
   const bool wide_;      // 64-bit code
   const int64_t start_;  // offset of the block in its page
   Flow flow_;
