@@ -47,7 +47,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       timer_(std::make_shared<VcpuTimer>(vm.timers(), vm.tsc_khz(), [this] { post(request::timer); })),
       mp_state_(KVM_MP_STATE_RUNNABLE),
       tsc_khz_(vm.tsc_khz()) {
-  tsc_offset_ = -__builtin_ia32_rdtsc();
+  set_tsc_offset(-__builtin_ia32_rdtsc());
   cpu_.memory = map_.get();
   decoder_.configure(cpu_.features);
   if (vm.interrupts().mode() != Irqchip::Mode::none) {
@@ -312,6 +312,7 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
 }
 
 Outcome SoftVcpu::run_blocks() noexcept {
+  home_.area().event_waits = recheck_ ? 1 : 0;
   const Segment& cs = cpu_.segment[seg_cs];
   Block* block = nullptr;
   do {

@@ -143,6 +143,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
    private:
     SoftVcpu& vcpu_;
   };
+  void set_tsc_offset(uint64_t offset) noexcept;
   uint64_t guest_tsc() const noexcept;
   uint64_t guest_tsc(uint64_t host_tsc) const noexcept;
   uint64_t tsc_to_clock(uint64_t guest_tsc) const noexcept;

@@ -77,8 +77,13 @@ uint64_t SoftVcpu::guest_tsc(uint64_t host) const noexcept {
   return host + tsc_offset_.load(std::memory_order_relaxed);
 }
 
+void SoftVcpu::set_tsc_offset(uint64_t offset) noexcept {
+  tsc_offset_ = offset;
+  home_.area().tsc_offset = offset;
+}
+
 void SoftVcpu::set_tsc(uint64_t value) noexcept {
-  tsc_offset_ += value - guest_tsc();
+  set_tsc_offset(tsc_offset_ + value - guest_tsc());
   if (lapic_ != nullptr) lapic_->tsc_changed();
 }
 

@@ -181,7 +181,9 @@ void SoftVcpu::set_tsc_khz(uint32_t khz) {
   if (khz == 0) khz = vm_.tsc_khz();
   const uint64_t now = guest_tsc();
   tsc_khz_ = khz;
-  tsc_offset_ += now - guest_tsc();
+  set_tsc_offset(tsc_offset_ + now - guest_tsc());
+  cpu_.tsc_is_direct = khz == vm_.tsc_khz();
+  cpu_.state_changed();
   if (lapic_ != nullptr) lapic_->tsc_changed();
   post(request::clock);
 }

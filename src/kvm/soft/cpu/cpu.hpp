@@ -251,6 +251,9 @@ class Cpu : public CpuState {
   unsigned tlb_set() const noexcept { return watchpoints || alignment_checks ? 3 : view(); }
   std::array<TlbSet, 4> tlb_sets;
 
+  // The guest's TSC is the host's plus an offset, without scaling. state_changed() follows a change.
+  bool tsc_is_direct = true;
+
   // --- derived by state_changed() ---
   bool flat = false;  // DS, ES and SS need neither base nor limit nor type checks, CS no limit check
   bool alignment_checks = false;

@@ -83,6 +83,25 @@ Step exchange_r8(Cpu& cpu, const Op& op) noexcept {
   return Step::next;
 }
 
+// System instructions behind which a block goes on, unless they say otherwise when they run.
+bool goes_on(ZydisMnemonic mnemonic) noexcept {
+  switch (mnemonic) {
+    case ZYDIS_MNEMONIC_CLI:
+    case ZYDIS_MNEMONIC_STI:
+    case ZYDIS_MNEMONIC_SWAPGS:
+    case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
+    case ZYDIS_MNEMONIC_PUSHF:
+    case ZYDIS_MNEMONIC_PUSHFD:
+    case ZYDIS_MNEMONIC_PUSHFQ:
+    case ZYDIS_MNEMONIC_POPF:
+    case ZYDIS_MNEMONIC_POPFD:
+    case ZYDIS_MNEMONIC_POPFQ:
+    case ZYDIS_MNEMONIC_PAUSE: return true;
+    default: return false;
+  }
+}
+
 bool ends_block(const ZydisDecodedInstruction& insn) noexcept {
   switch (insn.meta.category) {
     case ZYDIS_CATEGORY_CALL:
@@ -118,6 +137,7 @@ uint32_t decode_key(const Cpu& cpu) noexcept {
     if ((cpu.xcr0 & 6) == 6) k |= key::avx;
     if ((cpu.xcr0 & 0xe6) == 0xe6) k |= key::avx512;
   }
+  if (cpu.tsc_is_direct && ((cpu.cr4 & cr4::tsd) == 0 || cpu.cpl() == 0)) k |= key::tsc_direct;
   uint16_t fcw = 0;
   std::memcpy(&fcw, cpu.vector.fx.data(), sizeof fcw);
   uint32_t mxcsr = 0;
@@ -189,8 +209,10 @@ Decoder::Result Decoder::decode(Cpu& cpu, uint64_t block_rip, const uint8_t* byt
     return ends_block(insn) ? Result::last : Result::ok;
   }
   if (decode_system(context, op)) {
-    op.flags |= Op::outside;
-    return Result::last;
+    if (!goes_on(insn.mnemonic) || insn.mnemonic == ZYDIS_MNEMONIC_RDTSC ||
+        insn.mnemonic == ZYDIS_MNEMONIC_RDTSCP)
+      op.flags |= Op::outside;
+    return goes_on(insn.mnemonic) ? Result::ok : Result::last;
   }
   if (decode_vector(context, op)) return Result::ok;
   op.complex = undefined_opcode;

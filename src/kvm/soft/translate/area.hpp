@@ -43,6 +43,8 @@ struct TranslatorArea {
   uint64_t instructions = 0, lookups = 0;
   Translator* translator = nullptr;
   uint32_t default_mxcsr = 0x1f80;
+  uint64_t tsc_offset = 0;
+  uint32_t event_waits = 0;           // some event waits until the guest can take it
   uint32_t force_interpretation = 0;  // a host signal says that the instruction faults natively
 
   // Indirect branches: host code by linear address, one table for each vector level.

@@ -4,6 +4,7 @@
 
 #include "kvm/soft/decode/decoder.hpp"
 #include "kvm/soft/interpret/integer.hpp"
+#include "kvm/soft/interpret/system.hpp"
 #include "kvm/soft/interpret/vector/host.hpp"
 #include "kvm/soft/interpret/vector/run.hpp"
 #include "kvm/soft/translate/emitter.hpp"
@@ -316,17 +317,20 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
 }
 
 Kind stack_kind(const Cpu& cpu, Instruction& i) noexcept {
-  const unsigned word = cpu.mode() == Mode::bits64 ? 8 : 4;
-  if (i.op->size != word) return Kind::complex;
+  const bool wide = cpu.mode() == Mode::bits64;
+  if (i.op->size != (wide ? 8 : 4)) return Kind::complex;
   const ZydisDecodedOperand& o = i.operands[0];
   switch (i.insn.mnemonic) {
     case ZYDIS_MNEMONIC_PUSH:
       if (o.type == ZYDIS_OPERAND_TYPE_IMMEDIATE) return Kind::push;
+      if (o.type == ZYDIS_OPERAND_TYPE_MEMORY)
+        return good_address(cpu, i) ? Kind::push_memory : Kind::complex;
       return o.type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(o.reg.value) && gpr_number(o.reg.value) != rsp
                  ? Kind::push
                  : Kind::complex;
     case ZYDIS_MNEMONIC_POP:
-      return o.type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(o.reg.value) && gpr_number(o.reg.value) != rsp
+      return o.type == ZYDIS_OPERAND_TYPE_REGISTER && is_gpr(o.reg.value) &&
+                     (wide || gpr_number(o.reg.value) != rsp)
                  ? Kind::pop
                  : Kind::complex;
     default: return Kind::leave;
@@ -356,6 +360,23 @@ Kind branch_kind(const Cpu& cpu, Instruction& i) noexcept {
   return condition ? Kind::branch : Kind::complex;
 }
 
+// System instructions that need no more than their own few host instructions.
+Kind system_kind(const Cpu& cpu, const Instruction& i) noexcept {
+  const bool kernel = cpu.mode() == Mode::bits64 && (cpu.decode_key & key::user) == 0;
+  switch (i.insn.mnemonic) {
+    case ZYDIS_MNEMONIC_SWAPGS: return kernel ? Kind::swap_gs : Kind::complex;
+    case ZYDIS_MNEMONIC_CLI: return kernel ? Kind::clear_if : Kind::complex;
+    case ZYDIS_MNEMONIC_STI: return kernel ? Kind::set_if : Kind::complex;
+    case ZYDIS_MNEMONIC_RDTSC:
+      return (cpu.decode_key & key::tsc_direct) != 0 ? Kind::read_tsc : Kind::complex;
+    case ZYDIS_MNEMONIC_MOV:
+      return i.op->complex == system::mov_from_segment && !i.has_memory() && i.op->size >= 4
+                 ? Kind::read_segment
+                 : Kind::complex;
+    default: return Kind::complex;
+  }
+}
+
 Kind choose(const Cpu& cpu, Instruction& i) noexcept {
   if (i.op->complex == undefined_opcode) return Kind::complex;
   switch (i.insn.meta.category) {
@@ -369,8 +390,10 @@ Kind choose(const Cpu& cpu, Instruction& i) noexcept {
     case ZYDIS_MNEMONIC_PUSH:
     case ZYDIS_MNEMONIC_POP:
     case ZYDIS_MNEMONIC_LEAVE: return stack_kind(cpu, i);
-    default: return data_kind(cpu, i);
+    default: break;
   }
+  const Kind system = system_kind(cpu, i);
+  return system != Kind::complex ? system : data_kind(cpu, i);
 }
 
 // Whether the bytes of an instruction of 32-bit code say the same in 64-bit code, where they are copied to.
@@ -449,6 +472,10 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
   const bool foreign = copied && cpu.mode() != Mode::bits64 && !same_in_64_bit_code(cpu, out);
   if (crowded || unnameable || foreign || out.insn.mnemonic == ZYDIS_MNEMONIC_PAUSE) out.kind = Kind::complex;
   if (out.kind == Kind::nothing) out.reads = out.writes = out.replaces = no_flags;
+  if (out.kind == Kind::swap_gs || out.kind == Kind::read_segment || out.kind == Kind::clear_if ||
+      out.kind == Kind::set_if)
+    out.writes = out.replaces = no_flags;
+  if (out.kind == Kind::set_if) out.reads = all_flags;  // the interpreter may have to do it
   if (out.kind == Kind::complex) {
     out.reads = all_flags;  // it may fault, and may look at all of them
     out.replaces = no_flags;

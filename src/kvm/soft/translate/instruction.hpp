@@ -11,11 +11,12 @@
 namespace lodge::kvm::soft {
 
 enum class Kind : uint8_t {
-  nothing,        // no effect (multi-byte NOP, PREFETCH)
-  copy,           // registers only
-  memory,         // one memory operand, by ModRM
-  address,        // LEA
-  push,           // of a register or an immediate
+  nothing,  // no effect (multi-byte NOP, PREFETCH)
+  copy,     // registers only
+  memory,   // one memory operand, by ModRM
+  address,  // LEA
+  push,     // of a register or an immediate
+  push_memory,
   pop,            // to a register
   leave,          // LEAVE
   call,           // near, relative
@@ -24,6 +25,11 @@ enum class Kind : uint8_t {
   jump,           // near, relative
   jump_indirect,  // near, through a register or memory
   branch,         // Jcc, relative
+  swap_gs,        // SWAPGS at CPL 0
+  clear_if,       // CLI at CPL 0
+  set_if,         // STI at CPL 0
+  read_tsc,       // RDTSC
+  read_segment,   // MOV of a segment register to a general one
   complex,        // one for the interpreter
 };
 

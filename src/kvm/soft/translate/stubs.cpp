@@ -188,7 +188,12 @@ StateOffsets::StateOffsets(const Cpu& cpu, const TranslatorArea& a) noexcept
       default_mxcsr(distance(cpu, &a.default_mxcsr)),
       jump_tag(distance(cpu, a.jump_tag.data())),
       jump_code(distance(cpu, a.jump_code.data())),
-      slot(distance(cpu, a.slot.data())) {}
+      slot(distance(cpu, a.slot.data())),
+      system_flags(distance(cpu, &cpu.system_flags)),
+      selector(distance(cpu, &cpu.segment[0].selector)),
+      kernel_gs_base(distance(cpu, &cpu.msr.kernel_gs_base)),
+      tsc_offset(distance(cpu, &a.tsc_offset)),
+      event_waits(distance(cpu, &a.event_waits)) {}
 
 Stubs::Stubs(uint8_t* code, const StateOffsets& state_offsets) : offsets(state_offsets) {
   Generator g(code, offsets);

@@ -471,6 +471,7 @@ const void* Translator::on_complex(Site& site) noexcept {
     uncount(behind);
     return resume_at_rip();
   }
+  cpu_.gpr[rsp] -= static_cast<uint64_t>(int64_t{site.rsp_after});
   return resume(site.next, site.after);
 }
 
@@ -493,7 +494,9 @@ const void* Translator::on_exit(DirectExit& exit) noexcept {
   Translation* t = translation_of(*block, exit.boundary);
   if (t == nullptr) return leave();
   register_page(*block, cpu_.rip);
-  if (exit.target == nullptr) link(exit, *t);
+  // Code that reaches into a second page is entered only by what a flush resets.
+  const bool lasting = exit.displacement != nullptr && block->host_page[1] != 0;
+  if (exit.target == nullptr && !lasting) link(exit, *t);
   return resume(t->begin, exit.boundary);
 }
 

@@ -80,19 +80,22 @@ bool UnitEmitter::analyse_block() noexcept {
     std::array<uint8_t, 15> bytes{};
     const uint64_t at = block_.host + op.offset;
     const auto in_page = static_cast<unsigned>(page_size - (at & page_mask));
-    if (op.length > in_page) {  // reaches into the next page
-      code_[n] = {};
-      code_[n].op = &op;
-      code_[n].reads = all_flags;
-      continue;
-    }
-    host_read(at, bytes.data(), op.length);
+    // The last one may reach into the next page.
+    const unsigned first = std::min<unsigned>(op.length, in_page);
+    host_read(at, bytes.data(), first);
+    if (first < op.length) host_read(block_.host_page[1], bytes.data() + first, op.length - first);
     analyse(translator_.cpu_, decoder, bytes.data(), op.length, op, code_[n]);
   }
   // Does it branch back? Indirect branches look at the request word themselves.
   const Instruction& last = code_.back();
   if (last.kind == Kind::branch || last.kind == Kind::jump || last.kind == Kind::call)
     wants_check_ = static_cast<int64_t>(last.op->imm) <= last.op->offset;
+  // Nothing may come between STI and what follows: no look at the request word, no other block's either.
+  for (size_t n = 0; n < code_.size(); ++n)
+    if (code_[n].kind == Kind::set_if && n + 2 >= code_.size()) {
+      code_[n].kind = Kind::complex;
+      code_[n].reads = all_flags;
+    }
   return block_.fresh();
 }
 
@@ -126,6 +129,12 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::memory: emit_memory(i, n); break;
     case Kind::address: emit_address(i); break;
     case Kind::push: emit_push(i, n); break;
+    case Kind::push_memory: emit_push_memory(i, n); break;
+    case Kind::swap_gs:
+    case Kind::clear_if:
+    case Kind::set_if:
+    case Kind::read_tsc:
+    case Kind::read_segment: emit_system(i, n); break;
     case Kind::pop: emit_pop(i, n); break;
     case Kind::leave: emit_leave(i, n); break;
     case Kind::call: emit_call(i, n); break;
@@ -159,6 +168,7 @@ void UnitEmitter::need_native_flags(const Instruction& i, unsigned n) noexcept {
 void UnitEmitter::check_requests(unsigned n) noexcept {
   const bool last = n + 1 == code_.size();
   if (live_[n] != no_flags && !flow_.stored_flags && !last) return;
+  if (n > 0 && code_[n - 1].kind == Kind::set_if) return;
   if (live_[n] != no_flags) store_flags();
   wants_check_ = false;
   e_.state(0x83, 7, o_.request, false);  // cmp dword [request], 0
@@ -339,6 +349,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   for (unsigned k = n; k < code_.size(); ++k) {
     const Instruction& i = code_[k];
     Access a;
+    if (i.kind >= Kind::swap_gs || i.kind == Kind::push_memory) break;
     if (i.kind == Kind::complex || i.kind == Kind::branch || i.kind == Kind::jump ||
         i.kind == Kind::jump_indirect)
       break;
@@ -358,6 +369,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
       last = k;
       if (i.kind == Kind::push || i.kind == Kind::call || i.kind == Kind::call_indirect) stack -= word;
       if (i.kind == Kind::pop) stack += word;
+      if (i.kind == Kind::pop && i.op->dst == rsp * 8) break;
       if (i.kind == Kind::leave || i.kind == Kind::ret || i.kind == Kind::call ||
           i.kind == Kind::call_indirect)
         break;
@@ -541,6 +553,84 @@ void UnitEmitter::emit_push(const Instruction& i, unsigned n) noexcept {
   }
 }
 
+void UnitEmitter::emit_push_memory(const Instruction& i, unsigned n) noexcept {
+  const int32_t word = wide_ ? 8 : 4;
+  Access value{.base = i.op->base,
+               .index = i.op->index,
+               .scale = i.op->scale,
+               .segment = wide_ ? i.op->flat_segment : uint8_t{seg_none},
+               .disp = i.op->disp,
+               .size = static_cast<unsigned>(word),
+               .write = false,
+               .narrow = i.narrow_address};
+  if (value.base == rsp) value.disp += flow_.rsp;
+  run_ = {};
+  look_up(value, n, n);
+  Site& first = t_.sites.back();
+  e_.u8(wide_ ? 0x4d : 0x45), e_.u8(0x8b);  // mov r11, [r10]
+  e_.scratch_operand(scratch1, scratch0, 0, false);
+  e_.store(o_.target, scratch1);
+  look_up({.base = rsp,
+           .disp = flow_.rsp - word,
+           .size = static_cast<unsigned>(word),
+           .write = true,
+           .narrow = !wide_},
+          n, n);
+  Site& second = t_.sites.back();
+  e_.load(scratch1, o_.target);
+  e_.u8(wide_ ? 0x4d : 0x45), e_.u8(0x89);  // mov [r10], r11
+  e_.scratch_operand(scratch1, scratch0, 0, false);
+  flow_.rsp -= word;
+  for (Site* site : {&first, &second}) {
+    site->next = e_.at();
+    site->after = boundary();
+    site->rsp_after = flow_.rsp;
+  }
+}
+
+void UnitEmitter::emit_system(const Instruction& i, unsigned n) noexcept {
+  if (i.kind == Kind::swap_gs) {
+    const int64_t gs = o_.segment_base + int64_t{sizeof(Segment)} * seg_gs;
+    e_.load(scratch0, gs);
+    e_.load(scratch1, o_.kernel_gs_base);
+    e_.store(gs, scratch1);
+    e_.store(o_.kernel_gs_base, scratch0);
+    return;
+  }
+  if (i.kind == Kind::read_segment) {
+    const unsigned guest = i.op->dst / 8;
+    const unsigned reg = lives_in_memory(guest) ? scratch0 : guest;
+    e_.state(0x0fb7, reg, o_.selector + int64_t{sizeof(Segment)} * i.op->src, false);
+    if (guest == rsp) flow_.rsp = 0;
+    if (lives_in_memory(guest)) e_.store(o_.of_gpr(guest), reg);
+    return;
+  }
+  if (live_[n] != no_flags) store_flags();
+  flow_.native_flags = false;
+  if (i.kind == Kind::clear_if) {
+    e_.state(0x81, 4, o_.system_flags);  // and qword [system_flags]
+    e_.u32(~flag::if_);
+  } else if (i.kind == Kind::set_if) {
+    Site& site = new_site(n, n);
+    e_.state(0x83, 7, o_.event_waits, false);  // cmp dword [event_waits], 0
+    e_.u8(0);
+    add_stub(e_.jump_if(5), Stubs::complex_op, &site, {.native_flags = false, .level = flow_.level});
+    e_.state(0x81, 1, o_.system_flags);  // or qword [system_flags]
+    e_.u32(flag::if_);
+    site.next = e_.at();
+    site.after = boundary();
+    site.rsp_after = flow_.rsp;
+  } else {
+    e_.u8(0x0f), e_.u8(0x31);                          // rdtsc
+    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xe2), e_.u8(32);  // shl rdx, 32
+    e_.u8(0x48), e_.u8(0x09), e_.u8(0xd0);             // or rax, rdx
+    e_.state(0x03, 0, o_.tsc_offset);                  // add rax, [tsc_offset]
+    e_.move(2, 0);
+    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xea), e_.u8(32);  // shr rdx, 32
+    e_.move(0, 0, false);
+  }
+}
+
 void UnitEmitter::emit_pop(const Instruction& i, unsigned n) noexcept {
   Access access;
   access_of(i, access, flow_.rsp);
@@ -550,7 +640,7 @@ void UnitEmitter::emit_pop(const Instruction& i, unsigned n) noexcept {
   e_.u8((wide_ ? 0x49u : 0x41u) | (reg >> 3 & 1) << 2), e_.u8(0x8b);
   e_.scratch_operand(reg, scratch0, disp, false);
   if (lives_in_memory(guest)) e_.store(o_.of_gpr(guest), reg);
-  flow_.rsp += wide_ ? 8 : 4;
+  flow_.rsp = guest == rsp ? 0 : flow_.rsp + (wide_ ? 8 : 4);
   if (!run_.active) {
     Site& site = t_.sites.back();
     site.next = e_.at();

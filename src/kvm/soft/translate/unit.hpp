@@ -54,6 +54,8 @@ class UnitEmitter {
   void emit_memory(const Instruction& i, unsigned n) noexcept;
   void emit_address(const Instruction& i) noexcept;
   void emit_push(const Instruction& i, unsigned n) noexcept;
+  void emit_push_memory(const Instruction& i, unsigned n) noexcept;
+  void emit_system(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;
   void emit_call(const Instruction& i, unsigned n) noexcept;
