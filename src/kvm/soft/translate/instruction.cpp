@@ -304,7 +304,11 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
     // A bit offset in a register reaches beyond the operand.
     const bool bits = insn.mnemonic == ZYDIS_MNEMONIC_BT || insn.mnemonic == ZYDIS_MNEMONIC_BTS ||
                       insn.mnemonic == ZYDIS_MNEMONIC_BTR || insn.mnemonic == ZYDIS_MNEMONIC_BTC;
-    if (bits && i.has_memory() && i.operands[1].type == ZYDIS_OPERAND_TYPE_REGISTER) return Kind::complex;
+    if (bits && i.has_memory() && i.operands[1].type == ZYDIS_OPERAND_TYPE_REGISTER) {
+      const bool plain = insn.mnemonic == ZYDIS_MNEMONIC_BT && cpu.mode() == Mode::bits64 &&
+                         i.op->size >= 4 && i.op->address_size == 8 && i.op->src != rsp * 8;
+      return plain && good_address(cpu, i) ? Kind::bit_test : Kind::complex;
+    }
   } else {
     const unsigned level = vector_level(cpu, i);
     if (level == 0) return Kind::complex;
@@ -368,6 +372,7 @@ Kind system_kind(const Cpu& cpu, const Instruction& i) noexcept {
     case ZYDIS_MNEMONIC_CLI: return kernel ? Kind::clear_if : Kind::complex;
     case ZYDIS_MNEMONIC_STI: return kernel ? Kind::set_if : Kind::complex;
     case ZYDIS_MNEMONIC_RDTSC:
+    case ZYDIS_MNEMONIC_RDTSCP:
       return (cpu.decode_key & key::tsc_direct) != 0 ? Kind::read_tsc : Kind::complex;
     case ZYDIS_MNEMONIC_MOV:
       return i.op->complex == system::mov_from_segment && !i.has_memory() && i.op->size >= 4

@@ -25,10 +25,11 @@ enum class Kind : uint8_t {
   jump,           // near, relative
   jump_indirect,  // near, through a register or memory
   branch,         // Jcc, relative
+  bit_test,       // BT of memory, with the offset in a register
   swap_gs,        // SWAPGS at CPL 0
   clear_if,       // CLI at CPL 0
   set_if,         // STI at CPL 0
-  read_tsc,       // RDTSC
+  read_tsc,       // RDTSC and RDTSCP
   read_segment,   // MOV of a segment register to a general one
   complex,        // one for the interpreter
 };

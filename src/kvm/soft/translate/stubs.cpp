@@ -193,7 +193,8 @@ StateOffsets::StateOffsets(const Cpu& cpu, const TranslatorArea& a) noexcept
       selector(distance(cpu, &cpu.segment[0].selector)),
       kernel_gs_base(distance(cpu, &cpu.msr.kernel_gs_base)),
       tsc_offset(distance(cpu, &a.tsc_offset)),
-      event_waits(distance(cpu, &a.event_waits)) {}
+      event_waits(distance(cpu, &a.event_waits)),
+      tsc_aux(distance(cpu, &cpu.msr.tsc_aux)) {}
 
 Stubs::Stubs(uint8_t* code, const StateOffsets& state_offsets) : offsets(state_offsets) {
   Generator g(code, offsets);

@@ -26,6 +26,7 @@ struct Site {
   int64_t disp = 0;
   uint16_t span = 0;
   uint8_t base = gpr_zero, index = gpr_zero, scale = 0, segment = seg_none;
+  uint8_t bit_register = gpr_zero;  // BT: the bit offset, which moves the access
   bool write = false, narrow = false, run = false;
   uint16_t mnemonic = 0;  // ZydisMnemonic of an instruction for the interpreter; 0: not known
 };

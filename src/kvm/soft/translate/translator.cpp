@@ -418,6 +418,11 @@ const void* Translator::on_slow_access(Site& site) noexcept {
     uint64_t linear =
         cpu_.gpr[site.base] + (cpu_.gpr[site.index] << site.scale) + static_cast<uint64_t>(site.disp);
     if (site.narrow) linear = static_cast<uint32_t>(linear);
+    if (site.bit_register != gpr_zero) {
+      const uint64_t offset = cpu_.gpr[site.bit_register];
+      linear += site.span == 8 ? static_cast<uint64_t>(static_cast<int64_t>(offset) >> 6 << 3)
+                               : static_cast<uint64_t>(int64_t{static_cast<int32_t>(offset)} >> 5 << 2);
+    }
     if (site.segment != seg_none) linear += cpu_.segment[site.segment].base;
     if ((linear & page_mask) + site.span <= page_size) {
       unfilled = !cpu_.fill_tlb(linear, site.write);
@@ -462,12 +467,12 @@ const void* Translator::on_complex(Site& site) noexcept {
     uncount(cpu_.interrupted_access() ? behind + 1 : behind);
     return resume_at_rip();
   }
-  if (removals != removals_ || cpu_.pending.valid || cpu_.decode_key != block.key ||
-      source_.wants_attention() || event_waits()) {
+  if (removals != removals_ || cpu_.pending.valid || source_.wants_attention() || event_waits()) {
     uncount(behind);
     return leave();
   }
-  if (cpu_.user_code_flushed || cpu_.supervisor_code_flushed) {
+  // Another mode or other mappings: what follows is looked up anew.
+  if (cpu_.decode_key != block.key || cpu_.user_code_flushed || cpu_.supervisor_code_flushed) {
     uncount(behind);
     return resume_at_rip();
   }

@@ -130,6 +130,7 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::address: emit_address(i); break;
     case Kind::push: emit_push(i, n); break;
     case Kind::push_memory: emit_push_memory(i, n); break;
+    case Kind::bit_test: emit_bit_test(i, n); break;
     case Kind::swap_gs:
     case Kind::clear_if:
     case Kind::set_if:
@@ -349,7 +350,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   for (unsigned k = n; k < code_.size(); ++k) {
     const Instruction& i = code_[k];
     Access a;
-    if (i.kind >= Kind::swap_gs || i.kind == Kind::push_memory) break;
+    if (i.kind >= Kind::bit_test || i.kind == Kind::push_memory) break;
     if (i.kind == Kind::complex || i.kind == Kind::branch || i.kind == Kind::jump ||
         i.kind == Kind::jump_indirect)
       break;
@@ -435,6 +436,12 @@ void UnitEmitter::effective_address(const Access& a) noexcept {
     e_.lea(scratch0, base, index, a.scale, disp, !a.narrow);
   if (a.segment != seg_none)
     e_.state(0x03, scratch0, o_.segment_base + static_cast<int64_t>(sizeof(Segment)) * a.segment);
+  if (a.bit_register != gpr_zero) {
+    load_guest(scratch1, a.bit_register);
+    if (a.size == 4) e_.u8(0x4d), e_.u8(0x63), e_.u8(0xdb);             // movsxd r11, r11d
+    e_.u8(0x49), e_.u8(0xc1), e_.u8(0xfb), e_.u8(a.size == 8 ? 6 : 5);  // sar r11
+    e_.lea(scratch0, scratch0, scratch1, a.size == 8 ? 3 : 2, 0, true);
+  }
 }
 
 // The inline soft TLB; one compare covers tag, validity and page crossing.
@@ -453,6 +460,7 @@ void UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept {
   site.span = static_cast<uint16_t>(a.size);
   site.write = a.write;
   site.narrow = a.narrow;
+  site.bit_register = a.bit_register;
   site.run = last != n;
   if (run_.active) run_.sites.push_back(&site);
 
@@ -588,6 +596,36 @@ void UnitEmitter::emit_push_memory(const Instruction& i, unsigned n) noexcept {
   }
 }
 
+void UnitEmitter::emit_bit_test(const Instruction& i, unsigned n) noexcept {
+  const bool wide = i.op->size == 8;
+  Access access{.base = i.op->base,
+                .index = i.op->index,
+                .scale = i.op->scale,
+                .segment = i.op->flat_segment,
+                .disp = i.op->disp,
+                .size = i.op->size,
+                .write = false,
+                .narrow = false,
+                .bit_register = static_cast<uint8_t>(i.op->src / 8)};
+  if (access.base == rsp) access.disp += flow_.rsp;
+  run_ = {};
+  look_up(access, n, n);
+  Site& site = t_.sites.back();
+  need_native_flags(i, n);
+  e_.u8(wide ? 0x4d : 0x45), e_.u8(0x8b);  // mov r11, [r10]
+  e_.scratch_operand(scratch1, scratch0, 0, false);
+  unsigned offset = access.bit_register;
+  if (lives_in_memory(offset)) {
+    e_.load(scratch0, o_.of_gpr(offset));
+    offset = scratch0;
+  }
+  e_.u8(0x41u | (wide ? 8u : 0u) | (offset >> 3 & 1) << 2), e_.u8(0x0f), e_.u8(0xa3);  // bt r11, offset
+  e_.u8(0xc0 | (offset & 7) << 3 | (scratch1 & 7));
+  site.next = e_.at();
+  site.after = {.native_flags = true, .level = flow_.level};
+  site.rsp_after = flow_.rsp;
+}
+
 void UnitEmitter::emit_system(const Instruction& i, unsigned n) noexcept {
   if (i.kind == Kind::swap_gs) {
     const int64_t gs = o_.segment_base + int64_t{sizeof(Segment)} * seg_gs;
@@ -621,13 +659,16 @@ void UnitEmitter::emit_system(const Instruction& i, unsigned n) noexcept {
     site.after = boundary();
     site.rsp_after = flow_.rsp;
   } else {
-    e_.u8(0x0f), e_.u8(0x31);                          // rdtsc
-    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xe2), e_.u8(32);  // shl rdx, 32
-    e_.u8(0x48), e_.u8(0x09), e_.u8(0xd0);             // or rax, rdx
-    e_.state(0x03, 0, o_.tsc_offset);                  // add rax, [tsc_offset]
+    // RDTSCP waits for what comes before, and so does this.
+    if (i.insn.mnemonic == ZYDIS_MNEMONIC_RDTSCP) e_.u8(0x0f), e_.u8(0xae), e_.u8(0xe8);  // lfence
+    e_.u8(0x0f), e_.u8(0x31);                                                             // rdtsc
+    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xe2), e_.u8(32);                                     // shl rdx, 32
+    e_.u8(0x48), e_.u8(0x09), e_.u8(0xd0);                                                // or rax, rdx
+    e_.state(0x03, 0, o_.tsc_offset);  // add rax, [tsc_offset]
     e_.move(2, 0);
     e_.u8(0x48), e_.u8(0xc1), e_.u8(0xea), e_.u8(32);  // shr rdx, 32
     e_.move(0, 0, false);
+    if (i.insn.mnemonic == ZYDIS_MNEMONIC_RDTSCP) e_.load32(1, o_.tsc_aux);
   }
 }
 

@@ -35,6 +35,7 @@ class UnitEmitter {
     int64_t disp = 0;
     unsigned size = 0;
     bool write = false, narrow = false;
+    uint8_t bit_register = gpr_zero;
   };
   struct Stub {
     uint8_t* displacement;  // of the jump to it; null: an exit's
@@ -56,6 +57,7 @@ class UnitEmitter {
   void emit_push(const Instruction& i, unsigned n) noexcept;
   void emit_push_memory(const Instruction& i, unsigned n) noexcept;
   void emit_system(const Instruction& i, unsigned n) noexcept;
+  void emit_bit_test(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;
   void emit_call(const Instruction& i, unsigned n) noexcept;
