@@ -27,6 +27,23 @@ CONTRACT_TEST(Lapic, TheLapicTellsItsIdAndVersion) {
   EXPECT_EQ(regs.rdx & 0x1ff, 0x1ffu);
 }
 
+// The interrupt comes while IF is 0, is looked at (the loop goes back often enough), and has to wait; POPF
+// then opens the window, and nothing else happens.
+GUEST_CODE(
+    late_window, 64,
+    APIC "movl $0x40061, 0x300(%rbp); mov $200000, %ecx; 1: dec %ecx; jnz 1b; push $0x202; popf; 2: jmp 2b");
+CONTRACT_TEST(Lapic, AnInterruptThatWaitedIsTakenWhenPopfOpensTheWindow) {
+  auto guest = started(test, late_window);
+  EXPECT_EQ(guest->trap().vector, 0x61u);
+}
+GUEST_CODE(late_sti, 64,
+           APIC
+           "movl $0x40061, 0x300(%rbp); mov $200000, %ecx; 1: dec %ecx; jnz 1b; sti; nop; nop; 2: jmp 2b");
+CONTRACT_TEST(Lapic, AnInterruptThatWaitedIsTakenBehindSti) {
+  auto guest = started(test, late_sti);
+  EXPECT_EQ(guest->trap().vector, 0x61u);
+}
+
 GUEST_CODE(task_priority, 64,
            APIC "mov $6, %eax; mov %rax, %cr8; sti; movl $0x40055, 0x300(%rbp);" SOON
                 "mov 0x80(%rbp), %ebx;"

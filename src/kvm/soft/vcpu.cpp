@@ -183,16 +183,22 @@ void SoftVcpu::publish(int status) noexcept {
                                             : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
 }
 
+// Some event waits until the guest can take it.
+bool SoftVcpu::something_waits() noexcept {
+  return interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0 ||
+         timer_->near();
+}
+
 int SoftVcpu::loop() noexcept {
   // An exception that KVM_SET_VCPU_EVENTS gave. Not a debugger's affair: it may be what the debugger hands
   // back.
   if (cpu_.pending.valid && !alone_next_)
     if (const Outcome outcome = deliver(deliver_exception(cpu_)); outcome.leave) return outcome.status;
   for (;;) {
-    recheck_ = interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0 ||
-               timer_->near();
+    recheck_ = something_waits();
     if (cpu_.request.load(std::memory_order_relaxed) != 0 || recheck_) {
       if (const Outcome outcome = service(); outcome.leave) return outcome.status;
+      recheck_ = something_waits();  // what came just now and cannot be taken yet
     }
     Outcome outcome;
     if (cpu_.halted || mp_state_ != KVM_MP_STATE_RUNNABLE)
@@ -210,7 +216,6 @@ Outcome SoftVcpu::service() noexcept {
   const uint32_t bits = cpu_.request.exchange(0);
   if ((bits & request::timer) != 0) {
     timer_->approach();
-    recheck_ = recheck_ || timer_->near();
   }
   if ((bits & request::memory) != 0) acknowledge_memory();
   settle_pv_eoi();

@@ -158,6 +158,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   uint64_t give_back_when_idle() noexcept;
   void end_halt() noexcept;
   bool wakes() noexcept;
+  bool something_waits() noexcept;
   Outcome run_blocks() noexcept;
   Outcome run_alone() noexcept;
   Outcome after_stop() noexcept;
