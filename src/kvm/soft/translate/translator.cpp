@@ -388,7 +388,9 @@ bool Translator::interpret(const Op& op) noexcept {
       case Step::next: cpu_.rip = cpu_.next_rip(op); return cpu_.stops == 0;
       case Step::fault: cpu_.rip = cpu_.this_rip(op); return false;
       case Step::exit: cpu_.leave_run = true; return false;
-      case Step::branch: return cpu_.stops == 0 && !cpu_.pending.valid && cpu_.rip == cpu_.next_rip(op);
+      case Step::branch:
+        // In lockstep the interpreter's block has ended here, and so does this one.
+        return !once_ && cpu_.stops == 0 && !cpu_.pending.valid && cpu_.rip == cpu_.next_rip(op);
     }
   }
   Op pair[2] = {op, Decoder::end_of_block(op.offset + op.length)};
