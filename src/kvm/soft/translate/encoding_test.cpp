@@ -246,7 +246,8 @@ TEST_F(Analysis, KnowsWhatKindAnInstructionIs) {
       {{0x6a, 1}, Kind::push},
       {{0x54}, Kind::complex},  // push rsp
       {{0x5d}, Kind::pop},
-      {{0x5c}, Kind::complex},        // pop rsp
+      {{0x5c}, Kind::pop},  // pop rsp
+      {{0xff, 0x36}, Kind::push_memory},
       {{0x66, 0x55}, Kind::complex},  // push bp
       {{0xc9}, Kind::leave},
       {{0xe8, 0, 0, 0, 0}, Kind::call},
@@ -259,8 +260,13 @@ TEST_F(Analysis, KnowsWhatKindAnInstructionIs) {
       {{0xe2, 0}, Kind::complex},  // loop
       {{0xe3, 0}, Kind::complex},  // jrcxz
       {{0x48, 0x8b, 0x06}, Kind::memory},
-      {{0x8a, 0x26}, Kind::complex},              // mov ah, [rsi]: no REX beside AH
-      {{0x48, 0x0f, 0xa3, 0x06}, Kind::complex},  // bt [rsi], rax reaches beyond
+      {{0x8a, 0x26}, Kind::complex},               // mov ah, [rsi]: no REX beside AH
+      {{0x48, 0x0f, 0xa3, 0x06}, Kind::bit_test},  // bt [rsi], rax reaches beyond
+      {{0x48, 0x0f, 0xab, 0x06}, Kind::complex},   // bts [rsi], rax
+      {{0x0f, 0x01, 0xf8}, Kind::swap_gs},
+      {{0xfa}, Kind::clear_if},
+      {{0x0f, 0x31}, Kind::read_tsc},
+      {{0x8c, 0xd8}, Kind::read_segment},
       {{0x48, 0x0f, 0xba, 0x26, 3}, Kind::memory},
       {{0xf3, 0xa4}, Kind::complex},  // rep movsb
       {{0x0f, 0xa2}, Kind::complex},  // cpuid
