@@ -501,9 +501,7 @@ const void* Translator::on_exit(DirectExit& exit) noexcept {
   Translation* t = translation_of(*block, exit.boundary);
   if (t == nullptr) return leave();
   register_page(*block, cpu_.rip);
-  // Code that reaches into a second page is entered only by what a flush resets.
-  const bool lasting = exit.displacement != nullptr && block->host_page[1] != 0;
-  if (exit.target == nullptr && !lasting) link(exit, *t);
+  if (exit.target == nullptr) link(exit, *t);
   return resume(t->begin, exit.boundary);
 }
 
