@@ -2,6 +2,7 @@
 // own instructions are copied with their operands patched (copy.hpp).
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -11,8 +12,17 @@ namespace lodge::kvm::soft {
 // RSP, R10 and R11: their home is Cpu::gpr, the host's R10 and R11 are the translator's own, and the host's
 // RSP points at the Cpu.
 inline constexpr uint8_t scratch0 = 10, scratch1 = 11;
+// Registers as a set.
+constexpr uint16_t register_bit(unsigned reg) {
+  return static_cast<uint16_t>(1u << reg);
+}
+inline constexpr uint16_t homeless_registers =
+    register_bit(4) | register_bit(scratch0) | register_bit(scratch1);
 constexpr bool lives_in_memory(unsigned guest_register) {
-  return guest_register == 4 || guest_register == scratch0 || guest_register == scratch1;
+  return (homeless_registers & register_bit(guest_register)) != 0;
+}
+constexpr unsigned count_homeless(uint16_t registers) {
+  return static_cast<unsigned>(std::popcount(static_cast<uint16_t>(registers & homeless_registers)));
 }
 
 class Emitter {
@@ -114,6 +124,10 @@ class Emitter {
     }
   }
 
+  // reg <- [r10 + disp] and back, 8 bytes of it or 4.
+  void load_at_scratch(unsigned reg, int64_t disp, bool wide) noexcept { at_scratch(0x8b, reg, disp, wide); }
+  void store_at_scratch(int64_t disp, unsigned reg, bool wide) noexcept { at_scratch(0x89, reg, disp, wide); }
+
   // Jumps with a 32-bit displacement; return the place of the displacement.
   uint8_t* jump() noexcept { return u8(0xe9), displacement(); }
   uint8_t* jump_if(unsigned condition) noexcept { return u8(0x0f), u8(0x80 | condition), displacement(); }
@@ -125,6 +139,13 @@ class Emitter {
   static void patch(uint8_t* displacement, const void* target) noexcept {
     const auto relative = static_cast<int32_t>(static_cast<const uint8_t*>(target) - (displacement + 4));
     std::memcpy(displacement, &relative, 4);
+  }
+
+  // jne, when the 32-bit word of the state is not zero. Destroys flags.
+  uint8_t* jump_if_set(int64_t word) noexcept {
+    state(0x83, 7, word, false);  // cmp dword [word], 0
+    u8(0);
+    return jump_if(5);
   }
 
   // Keep the arithmetic flags in `home` (as Cpu::arith has them); RAX is saved in `temp`.
@@ -145,6 +166,11 @@ class Emitter {
   }
 
  private:
+  void at_scratch(unsigned opcode, unsigned reg, int64_t disp, bool wide) noexcept {
+    u8((wide ? 0x49u : 0x41u) | (reg >> 3 & 1) << 2);
+    u8(opcode);
+    scratch_operand(reg, scratch0, disp, false);
+  }
   void opcode_bytes(unsigned opcode) noexcept {
     if (opcode > 0xff) u8(opcode >> 8);
     u8(opcode);

@@ -12,10 +12,6 @@
 namespace lodge::kvm::soft {
 namespace {
 
-constexpr uint16_t bit(unsigned reg) {
-  return static_cast<uint16_t>(1u << reg);
-}
-
 bool is_gpr(ZydisRegister reg) noexcept {
   const ZydisRegisterClass c = ZydisRegisterGetClass(reg);
   return c >= ZYDIS_REGCLASS_GPR8 && c <= ZYDIS_REGCLASS_GPR64;
@@ -242,12 +238,12 @@ void note_registers(Instruction& i) noexcept {
     }
     if (o.type != ZYDIS_OPERAND_TYPE_REGISTER || !is_gpr(o.reg.value)) continue;
     const unsigned reg = gpr_number(o.reg.value);
-    if (o.visibility != ZYDIS_OPERAND_VISIBILITY_HIDDEN) i.operand_registers |= bit(reg);
-    if ((o.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0) i.written_registers |= bit(reg);
+    if (o.visibility != ZYDIS_OPERAND_VISIBILITY_HIDDEN) i.operand_registers |= register_bit(reg);
+    if ((o.actions & ZYDIS_OPERAND_ACTION_MASK_WRITE) != 0) i.written_registers |= register_bit(reg);
   }
   if ((i.op->flags & Op::has_memory) != 0) {
-    if (i.op->base < 16) i.address_registers |= bit(i.op->base);
-    if (i.op->index < 16) i.address_registers |= bit(i.op->index);
+    if (i.op->base < 16) i.address_registers |= register_bit(i.op->base);
+    if (i.op->index < 16) i.address_registers |= register_bit(i.op->index);
   }
 }
 
@@ -429,10 +425,6 @@ bool same_in_64_bit_code(const Cpu& cpu, const Instruction& i) noexcept {
   return true;
 }
 
-unsigned in_memory(uint16_t registers) noexcept {
-  return static_cast<unsigned>(__builtin_popcount(registers & (bit(rsp) | bit(scratch0) | bit(scratch1))));
-}
-
 }  // namespace
 
 bool translator_decoder(const Cpu& cpu, ZydisDecoder& decoder) noexcept {
@@ -469,7 +461,7 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
   note_registers(out);
   out.kind = choose(cpu, out);
   // Two scratch registers stand in for operands; beside an address only one is left.
-  const unsigned homeless = in_memory(out.operand_registers);
+  const unsigned homeless = count_homeless(out.operand_registers);
   const bool crowded = out.kind == Kind::memory ? homeless > 1 : homeless > 2;
   // Zydis 4.0 takes F3 REX.B 90 for PAUSE and some SIB forms for others: those the decoder mends by hand.
   const bool unnameable = homeless > 0 && names_high_byte(out);

@@ -1,6 +1,7 @@
 // Makes the host code of one block.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "kvm/soft/translate/copy.hpp"
@@ -26,7 +27,6 @@ class UnitEmitter {
   struct Run {
     bool active = false;
     unsigned last = 0;
-    uint8_t base = gpr_zero;
     int64_t disp = 0;
     std::vector<Site*> sites;  // of the look-up, and of instructions that may fault natively
   };
@@ -36,6 +36,11 @@ class UnitEmitter {
     unsigned size = 0;
     bool write = false, narrow = false;
     uint8_t bit_register = gpr_zero;
+  };
+  // Where an access is: [scratch0 + disp].
+  struct Place {
+    int64_t disp;
+    Site* site;  // of a look-up for this access alone, which is to be closed; null: a run's
   };
   struct Stub {
     uint8_t* displacement;  // of the jump to it; null: an exit's
@@ -60,6 +65,7 @@ class UnitEmitter {
   void emit_bit_test(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;
+
   void emit_call(const Instruction& i, unsigned n) noexcept;
   void emit_call_indirect(const Instruction& i, unsigned n) noexcept;
   void refuse_odd_target(unsigned n) noexcept;
@@ -69,11 +75,17 @@ class UnitEmitter {
   void emit_branch(const Instruction& i) noexcept;
   void emit_complex(unsigned n) noexcept;
 
-  // Memory: afterwards scratch0 + result is the host address.
-  bool access_of(const Instruction& i, Access& access, int32_t rsp) const noexcept;
-  int64_t reach(const Access& access, unsigned n) noexcept;
+  // The memory operand, with what has been added to RSP meanwhile.
+  Access operand(const Instruction& i, unsigned size, int32_t rsp_part) const noexcept;
+  Access stack_access(int64_t disp, bool write) const noexcept;
+  // The one access of an instruction that may be part of a run; nothing: it has none, or more.
+  std::optional<Access> access_of(const Instruction& i, int32_t rsp_part) const noexcept;
+  Place reach(const Instruction& i, unsigned n) noexcept;
   void plan_run(const Access& access, unsigned n) noexcept;
-  void look_up(const Access& access, unsigned n, unsigned last) noexcept;
+  bool spares_run(const Instruction& i, uint8_t base, int32_t stack) const noexcept;
+  // Afterwards scratch0 is the host address; takes scratch1 and the flags.
+  Site& look_up(const Access& access, unsigned n, unsigned last) noexcept;
+  Site& look_up_alone(const Access& access, unsigned n) noexcept;
   void effective_address(const Access& access) noexcept;
   void push_return_address(const Instruction& i, int64_t disp) noexcept;
 
@@ -88,19 +100,31 @@ class UnitEmitter {
   void load_guest(unsigned scratch, unsigned guest) noexcept;
   void exit_to(int64_t offset) noexcept;
   DirectExit& new_exit(int64_t offset) noexcept;
+  void place_exit(DirectExit& exit, const uint8_t* stub) noexcept;
   void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
   void count(int64_t counter, size_t amount) noexcept;
   Boundary boundary() const noexcept;
+  bool in_page(int64_t offset) const noexcept;
+  bool moves_rsp(const Instruction& i, int32_t& amount) const noexcept;
   Site& new_site(unsigned n, unsigned last) noexcept;
+  Site& new_fault(unsigned n, unsigned last) noexcept;
+  // The interpreter's way out of a site joins translated code here.
+  void close(Site& site) noexcept;
+  void note_flags(const Instruction& i) noexcept;
   void finish_run(unsigned n) noexcept;
   Stub& add_stub(uint8_t* displacement, Stubs::Call call, void* argument, Boundary boundary) noexcept;
+
+  const Cpu& cpu() const noexcept { return translator_.cpu_; }
+  const Stubs& common_stubs() const noexcept { return translator_.stubs_; }
 
   Translator& translator_;
   Translation& t_;
   const Block& block_;
   const StateOffsets& o_;
   Emitter e_;
-  const bool wide_;      // 64-bit code
+  const bool wide_;     // 64-bit code
+  const int32_t word_;  // what a push takes: 8 or 4 bytes
+  const bool counts_;
   const int64_t start_;  // offset of the block in its page
   Flow flow_;
   Run run_;

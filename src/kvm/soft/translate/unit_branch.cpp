@@ -1,0 +1,171 @@
+// Near branches: links to other blocks, and look-ups of indirect targets.
+#include "kvm/soft/translate/unit.hpp"
+
+namespace lodge::kvm::soft {
+
+void UnitEmitter::push_return_address(const Instruction& i, int64_t disp) noexcept {
+  e_.load(scratch1, o_.page);
+  e_.lea(scratch1, scratch1, 16, 0, start_ + i.op->offset + i.op->length, wide_);
+  e_.store_at_scratch(disp, scratch1, wide_);
+  flow_.rsp -= word_;
+}
+
+void UnitEmitter::emit_call(const Instruction& i, unsigned n) noexcept {
+  push_return_address(i, reach(i, n).disp);
+  exit_to(start_ + static_cast<int64_t>(i.op->imm));
+}
+
+// Leaves a call to the interpreter when its target, in scratch1, is not canonical: such a call pushes
+// nothing. The flags are stored or dead.
+void UnitEmitter::refuse_odd_target(unsigned n) noexcept {
+  if (!wide_) return;
+  Site& site = new_site(n, n);
+  uint8_t* const odd = jump_if_odd();
+  flow_.native_flags = false;
+  site.before = {.native_flags = false, .level = flow_.level};
+  add_stub(odd, Stubs::complex_op, &site, site.before);
+}
+
+// Jumps when the address in scratch1, which is lost, is not canonical.
+uint8_t* UnitEmitter::jump_if_odd() noexcept {
+  e_.u8(0x49), e_.u8(0xc1), e_.u8(0xfb), e_.u8(47);  // sar r11, 47
+  e_.u8(0x41), e_.u8(0x83), e_.u8(0xc3), e_.u8(1);   // add r11d, 1
+  e_.u8(0x41), e_.u8(0x83), e_.u8(0xfb), e_.u8(1);   // cmp r11d, 1
+  return e_.jump_if(7);                              // ja
+}
+
+void UnitEmitter::emit_call_indirect(const Instruction& i, unsigned n) noexcept {
+  if (!i.has_memory()) {
+    const int64_t disp = reach(i, n).disp;
+    store_flags();
+    load_guest(scratch1, i.op->dst / 8);
+    refuse_odd_target(n);
+    push_return_address(i, disp);
+    load_guest(scratch0, i.op->dst / 8);
+    if (!wide_) e_.move(scratch0, scratch0, false);
+  } else {
+    look_up_alone(operand(i, static_cast<unsigned>(word_), flow_.rsp), n);
+    e_.load_at_scratch(scratch1, 0, wide_);
+    e_.store(o_.target, scratch1);
+    refuse_odd_target(n);
+    look_up_alone(stack_access(flow_.rsp - word_, true), n);
+    push_return_address(i, 0);
+    e_.load(scratch0, o_.target);
+  }
+  exit_indirect(n, -word_);
+}
+
+void UnitEmitter::emit_ret(const Instruction& i, unsigned n) noexcept {
+  e_.load_at_scratch(scratch0, reach(i, n).disp, wide_);
+  const int32_t change = word_ + static_cast<int32_t>(i.op->imm & 0xffff);
+  flow_.rsp += change;
+  exit_indirect(n, change);
+}
+
+void UnitEmitter::emit_jump_indirect(const Instruction& i, unsigned n) noexcept {
+  if (!i.has_memory()) {
+    load_guest(scratch0, i.op->dst / 8);
+    if (!wide_) e_.move(scratch0, scratch0, false);
+  } else {
+    look_up_alone(operand(i, static_cast<unsigned>(word_), flow_.rsp), n);
+    e_.load_at_scratch(scratch0, 0, wide_);
+  }
+  exit_indirect(n, 0);
+}
+
+void UnitEmitter::emit_branch(const Instruction& i) noexcept {
+  if (!flow_.native_flags) {
+    e_.load_flags(o_.arith, scratch1);
+    flow_.native_flags = true;
+  }
+  commit_rsp();
+  const int64_t taken = start_ + static_cast<int64_t>(i.op->imm);
+  const unsigned condition = i.insn.opcode & 15;
+  if (in_page(taken)) {
+    new_exit(taken).displacement = e_.jump_if(condition);
+  } else {
+    uint8_t* const skip = e_.jump_if(condition ^ 1);
+    exit_to(taken);
+    Emitter::patch(skip, e_.at());
+  }
+  exit_to(start_ + i.op->offset + i.op->length);
+}
+
+// `offset` is one from the start of the block's page.
+bool UnitEmitter::in_page(int64_t offset) const noexcept {
+  return offset >= 0 && offset < static_cast<int64_t>(page_size);
+}
+
+// One to another page gets a slot. Sets failed_ when there is none.
+DirectExit& UnitEmitter::new_exit(int64_t offset) noexcept {
+  DirectExit& exit = t_.exits.emplace_back();
+  exit.owner = &t_;
+  exit.offset = static_cast<int32_t>(offset);
+  exit.boundary = boundary();
+  add_stub(nullptr, Stubs::exit, &exit, exit.boundary);
+  if (in_page(offset)) return exit;
+  exit.slot = translator_.new_slot(exit);
+  exit.has_slot = exit.slot != TranslatorArea::slot_count;
+  failed_ = failed_ || !exit.has_slot || offset != exit.offset;
+  return exit;
+}
+
+// Where the way out of the translation begins while it is not linked.
+void UnitEmitter::place_exit(DirectExit& exit, const uint8_t* stub) noexcept {
+  exit.stub = stub;
+  if (exit.displacement != nullptr)
+    Emitter::patch(exit.displacement, stub);
+  else
+    translator_.area_.slot[exit.slot] = stub;
+}
+
+void UnitEmitter::exit_to(int64_t offset) noexcept {
+  ended_ = true;
+  commit_rsp();
+  DirectExit& exit = new_exit(offset);
+  if (failed_) return;
+  if (!exit.has_slot) {
+    exit.displacement = e_.jump();
+    return;
+  }
+  e_.load(scratch1, o_.page);
+  e_.lea(scratch1, scratch1, 16, 0, offset & ~static_cast<int64_t>(page_mask), wide_);
+  e_.store(o_.page, scratch1);
+  e_.jump_through_state(o_.slot + 8 * int64_t{exit.slot});
+}
+
+// To the linear address in scratch0.
+void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
+  ended_ = true;
+  commit_rsp();
+  store_flags();
+  Site& site = new_site(n, n);
+  site.rsp_before = 0;
+  site.rsp_after = rsp_change;
+  site.before = {.native_flags = false, .level = flow_.level};
+  const auto table = static_cast<int64_t>(flow_.level) * TranslatorArea::jump_entries * 8;
+  uint8_t* const requested = e_.jump_if_set(o_.request);
+  // Only canonical addresses differ from each other under every tag.
+  uint8_t* odd = nullptr;
+  if (wide_) {
+    e_.move(scratch1, scratch0);
+    odd = jump_if_odd();
+  }
+  e_.state(0x33, scratch0, o_.tag);                                              // xor r10, [tag]
+  e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);    // imul r11d, r10d
+  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(32 - TranslatorArea::jump_bits);  // shr r11d, 20
+  // cmp [jump_tag + r11 * 8], r10
+  e_.indexed(0x39, scratch0, scratch1, 3, o_.jump_tag + table);
+  uint8_t* const miss = e_.jump_if(5);
+  e_.state(0x33, scratch0, o_.tag);
+  e_.u8(0x49), e_.u8(0x81), e_.u8(0xe2), e_.u32(~page_mask);  // and r10, -4096
+  e_.store(o_.page, scratch0);
+  // jmp [jump_code + r11 * 8]
+  e_.u8(0x42), e_.u8(0xff), e_.u8(0xa4), e_.u8(0xdc), e_.u32(static_cast<uint64_t>(o_.jump_code + table));
+  flow_.native_flags = false;
+  add_stub(requested, Stubs::indirect, &site, site.before);
+  if (odd != nullptr) add_stub(odd, Stubs::indirect, &site, site.before);
+  add_stub(miss, Stubs::indirect, &site, site.before).untag = true;
+}
+
+}  // namespace lodge::kvm::soft
