@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "block/temporary_directory.hpp"
+#include "block/uring.hpp"
 
 namespace lodge::block {
 namespace {
@@ -18,6 +19,11 @@ constexpr uint64_t kib = 1024, mib = 1024 * kib;
 
 class Raw : public testing::TestWithParam<Engine> {
  protected:
+  void SetUp() override {
+    int error = 0;
+    if (GetParam() == Engine::uring && !UringEngine::create(error))
+      GTEST_SKIP() << "io_uring: errno " << error;
+  }
   Raw() {
     std::ofstream file(path_);
     std::filesystem::resize_file(path_, mib);
@@ -35,7 +41,7 @@ class Raw : public testing::TestWithParam<Engine> {
   std::string path_ = directory_ / "disk.raw";
 };
 
-INSTANTIATE_TEST_SUITE_P(Engines, Raw, testing::Values(Engine::automatic, Engine::threads));
+INSTANTIATE_TEST_SUITE_P(Engines, Raw, testing::Values(Engine::uring, Engine::threads));
 
 TEST_P(Raw, KeepsWhatIsWrittenInPieces) {
   const auto image = open();

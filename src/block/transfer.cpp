@@ -10,6 +10,9 @@
 #include <cstring>
 #include <system_error>
 
+#include "base/error.hpp"
+#include "block/uring.hpp"
+
 namespace lodge::block {
 namespace {
 
@@ -29,7 +32,7 @@ int read_all(int fd, std::vector<iovec>& buffers, uint64_t offset) noexcept {
       for (const auto& buffer : buffers) std::memset(buffer.iov_base, 0, buffer.iov_len);
       return 0;
     }
-    advance(buffers, static_cast<size_t>(done));
+    drop_front(buffers, static_cast<size_t>(done));
     offset += static_cast<size_t>(done);
   }
   return 0;
@@ -43,7 +46,7 @@ int write_all(int fd, std::vector<iovec>& buffers, uint64_t offset) noexcept {
       return errno;
     }
     if (done == 0) return ENOSPC;
-    advance(buffers, static_cast<size_t>(done));
+    drop_front(buffers, static_cast<size_t>(done));
     offset += static_cast<size_t>(done);
   }
   return 0;
@@ -75,7 +78,7 @@ int write_zeros(int fd, uint64_t offset, uint64_t length) noexcept {
 
 }  // namespace
 
-void advance(std::vector<iovec>& buffers, size_t size) noexcept {
+void drop_front(std::vector<iovec>& buffers, size_t size) noexcept {
   auto it = buffers.begin();
   while (it != buffers.end() && size >= it->iov_len) size -= (it++)->iov_len;
   buffers.erase(buffers.begin(), it);
@@ -150,21 +153,30 @@ void WorkerPool::loop() noexcept {
   }
 }
 
-void ThreadEngine::submit(Transfer transfer) noexcept {
-  // What is in the page cache needs no other thread.
-  if (transfer.kind == Transfer::Kind::read) {
-    const ssize_t done = ::preadv2(transfer.fd, transfer.buffers.data(), vector_count(transfer.buffers),
-                                   static_cast<off_t>(transfer.offset), RWF_NOWAIT);
-    if (done > 0) {
-      advance(transfer.buffers, static_cast<size_t>(done));
-      transfer.offset += static_cast<size_t>(done);
-    }
-    if (transfer.buffers.empty()) return transfer.done(0);
+bool read_cached(Transfer& t) noexcept {
+  if (t.kind != Transfer::Kind::read) return false;
+  const ssize_t done =
+      ::preadv2(t.fd, t.buffers.data(), vector_count(t.buffers), static_cast<off_t>(t.offset), RWF_NOWAIT);
+  if (done > 0) {
+    drop_front(t.buffers, static_cast<size_t>(done));
+    t.offset += static_cast<size_t>(done);
   }
+  return t.buffers.empty();
+}
+
+void ThreadEngine::submit(Transfer transfer) noexcept {
+  if (read_cached(transfer)) return transfer.done(0);
   pool_.run([transfer = std::move(transfer)]() mutable { transfer.done(execute(transfer)); });
 }
 
-std::shared_ptr<TransferEngine> make_engine(Engine) {
+std::shared_ptr<TransferEngine> make_engine(Engine kind) {
+  if (kind == Engine::threads) return std::make_shared<ThreadEngine>();
+  int error = 0;
+  if (auto uring = UringEngine::create(error)) return uring;
+  if (kind == Engine::uring) {
+    usage_error("io_uring is not permitted here ({}); choose the engine 'threads' or 'auto'",
+                std::generic_category().message(error));
+  }
   return std::make_shared<ThreadEngine>();
 }
 

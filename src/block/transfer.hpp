@@ -33,8 +33,12 @@ struct Transfer {
 // Executes it on this thread; returns 0 or an errno and leaves `done` alone.
 int execute(Transfer& transfer) noexcept;
 
+// Reads what is in the page cache, on this thread and without waiting. True when that was everything;
+// otherwise `transfer` is what is left to do.
+bool read_cached(Transfer& transfer) noexcept;
+
 // Drops the first `size` bytes of a scatter-gather list: what a short transfer has done.
-void advance(std::vector<iovec>& buffers, size_t size) noexcept;
+void drop_front(std::vector<iovec>& buffers, size_t size) noexcept;
 
 // Threads that are started when there is work for them, at most `limit`.
 class WorkerPool {

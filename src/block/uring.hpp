@@ -1,0 +1,37 @@
+// Transfers by io_uring: one ring, whose completions one thread collects.
+#pragma once
+
+#include <liburing.h>
+
+#include "block/transfer.hpp"
+
+namespace lodge::block {
+
+class UringEngine final : public TransferEngine {
+ public:
+  // Null, with the errno in `error`, when the kernel or a seccomp filter does not permit io_uring.
+  static std::shared_ptr<UringEngine> create(int& error);
+  ~UringEngine() override;
+
+  void submit(Transfer transfer) noexcept override;
+  void plug() noexcept override;
+  void unplug() noexcept override;
+  std::string_view name() const noexcept override { return "io_uring"; }
+
+ private:
+  // More requests than this may be in flight; they are handed over in several rounds.
+  static constexpr unsigned entries = 256;
+
+  UringEngine() = default;
+  void enqueue(std::unique_ptr<Transfer> transfer) noexcept;
+  void collect() noexcept;
+  void end(std::unique_ptr<Transfer> transfer, int result) noexcept;
+
+  io_uring ring_{};
+  std::mutex mutex_;         // the submission queue and what follows
+  std::thread::id plugged_;  // the thread whose batch is being gathered
+  std::thread collector_;
+  WorkerPool leftovers_{2};  // what the ring cannot do
+};
+
+}  // namespace lodge::block
