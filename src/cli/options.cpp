@@ -69,7 +69,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
       ->type_name("NAME")
       ->capture_default_str();
   run->add_option("--code-cache", raw.code_cache,
-                  "of the soft accelerator: host code a CPU may hold, at most")
+                  "of the soft accelerator: host code that its CPUs may hold, at most")
       ->type_name("SIZE")
       ->capture_default_str();
   run->add_option("--cpu", raw.cpu, "processor model: host or x86-64-v1 to -v4")

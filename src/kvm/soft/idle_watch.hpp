@@ -22,14 +22,18 @@ class IdleWatch {
     const bool result = known && used_now - used_ < (now - start_) / busy_share;
     start_ = now;
     used_ = used_now;
+    verdict_ = result;
     return result;
   }
+  // Of the last whole window.
+  bool was_idle() const noexcept { return verdict_; }
   // Until the present window ends.
   uint64_t left(uint64_t now) const noexcept { return now - start_ < window_ ? window_ - (now - start_) : 0; }
 
  private:
   const uint64_t window_;
   uint64_t start_ = 0, used_ = 0;
+  bool verdict_ = false;
 };
 
 }  // namespace lodge::kvm::soft

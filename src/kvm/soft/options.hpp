@@ -15,7 +15,7 @@ enum class Engine : uint8_t {
 struct Options {
   Engine engine = Engine::translate;
   uint32_t translate_after = 16;         // runs of a block by the interpreter before it becomes host code
-  size_t code_cache = size_t{64} << 20;  // bytes of host code for each vCPU, at most; at least 1 MiB
+  size_t code_cache = size_t{64} << 20;  // bytes of host code of all vCPUs, at most; at least 1 MiB
   unsigned idle_ms = 10'000;  // a vCPU idle for so long gives memory for decoded and translated code back
   bool perf_map = false;      // names translated code for perf in /tmp/perf-PID.map
   bool count = false;         // guest instructions and look-ups of translated code: costs some of its speed

@@ -57,7 +57,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
   reset_cpu(cpu_, false);
   if (engine_ != Engine::interpret)
     translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this),
-                                               vm.options(), vm.perf_map());
+                                               vm.options(), vm.code_cache());
 }
 
 SoftVcpu::~SoftVcpu() {
@@ -100,11 +100,14 @@ void SoftVcpu::acknowledge_memory() noexcept {
   if (mail_done_.load() == mail_posted_.load()) return;
   const std::lock_guard lock(mail_mutex_);
   if (flush_wanted_) {
-    map_ = vm_.memory();
-    cpu_.memory = map_.get();
     cpu_.flush_tlb(false);
-    blocks_.clear();  // they point into slots that may be gone
-    single_.reset();
+    // Not when it was the dirty log's: the slots are the same.
+    if (auto map = vm_.memory(); map != map_) {
+      map_ = std::move(map);
+      cpu_.memory = map_.get();
+      blocks_.clear();
+      single_.reset();
+    }
     flush_wanted_ = false;
   }
   for (const uint64_t page : code_pages_) drop_write_tags(page);
@@ -353,11 +356,6 @@ Outcome SoftVcpu::run_blocks() noexcept {
     // A deadline that is near is looked at between blocks, which host code has not.
     if (translator_ && cpu_.mode() != Mode::bits16 && !timer_->near() && translator_->run(*block)) {
       if (cpu_.stops != 0 || cpu_.pending.valid || fetch_failed_) return after_stop();
-      if (translator_->full()) {
-        blocks_.clear();
-        ++cpu_.flushes;
-        translator_->rewind();
-      }
       block = nullptr;
       continue;
     }

@@ -118,6 +118,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Block* block_at(uint64_t linear) noexcept override { return lookup_slowly(linear, cpu_.decode_key); }
   bool wants_attention() noexcept override;
   bool event_waits() noexcept override;
+  void interrupt() noexcept override { post(request::code); }
 
   // What the LAPIC sees of this vCPU.
   class Port final : public VcpuPort {
@@ -204,7 +205,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   CpuHome home_;
   Cpu& cpu_;
   Decoder decoder_;
-  std::unique_ptr<Translator> translator_;  // outlives the blocks
+  std::unique_ptr<Translator> translator_;
   BlockCache blocks_;
   const Engine engine_;
   std::unique_ptr<Block> single_;

@@ -109,9 +109,11 @@ std::unique_ptr<Block> SoftVcpu::decode(uint64_t linear, uint32_t key, unsigned 
   const auto map = map_;
   block->host = fetch_page(linear, *block, 0);
   if (block->host == 0) return nullptr;
+  block->map = map_;
   const auto* code = reinterpret_cast<const uint8_t*>(block->host);
   const auto in_page = static_cast<unsigned>(page_size - (linear & page_mask));
 
+  std::vector<Op> ops;
   unsigned offset = 0;
   bool last = false;
   while (!last && block->instructions < limit && offset < in_page) {
@@ -149,13 +151,14 @@ std::unique_ptr<Block> SoftVcpu::decode(uint64_t linear, uint32_t key, unsigned 
     }
     if (result == Decoder::Result::undefined && block->instructions > 0) break;
     last = last || result != Decoder::Result::ok;
-    block->ops.push_back(op);
+    ops.push_back(op);
     offset += op.length;
     ++block->instructions;
   }
   block->bytes = offset;
-  block->ops.push_back(Decoder::end_of_block(offset));
-  block->ops.shrink_to_fit();
+  ops.push_back(Decoder::end_of_block(offset));
+  ops.shrink_to_fit();
+  block->ops = Ops(std::move(ops));
   return block;
 }
 

@@ -108,6 +108,7 @@ void SoftVcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
   decoder_.configure(cpu_.features);
   blocks_.clear();
   cpu_.flush_tlb(false);
+  if (translator_) translator_->features_changed();
   constexpr uint32_t x2apic = 1u << 21;
   if (lapic_ != nullptr)
     lapic_->set_cpuid((cpu_.features.leaf1_ecx & x2apic) != 0, cpu_.features.physical_bits);

@@ -49,8 +49,9 @@ std::vector<Statistic> SoftVcpu::statistics() {
   list.add("given_back", counts_.given_back);
   if (translator_) {
     const TranslatorStatistics& s = translator_->statistics();
+    const CodeCacheStatistics cache = translator_->cache_statistics();
     list.add("translated", s.translations);
-    list.add("dropped", s.dropped);
+    list.add("dropped", cache.dropped);
     list.add("links", s.links);
     list.add("entries", s.entries);
     list.add("indirect_misses", s.indirect_misses);
@@ -58,7 +59,9 @@ std::vector<Statistic> SoftVcpu::statistics() {
     list.add("used_bytes", translator_->code_bytes());
     list.add("made_bytes", s.host_bytes);
     list.add("made_of_instructions", s.guest_instructions);
-    list.add("flushes", s.flushes);
+    list.add("evictions", cache.evictions);
+    list.add("longest_eviction_ns", cache.longest_eviction_ns);
+    list.add("given_back", cache.given_back);
     list.group("soft_tlb");
     if (counts) list.add("lookups", home_.area().lookups);
     list.add("misses", s.slow_accesses - s.native_faults);

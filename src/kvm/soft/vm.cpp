@@ -20,6 +20,7 @@ SoftVm::SoftVm(uint32_t tsc_khz, const Options& options)
     : tsc_khz_(tsc_khz),
       options_(options),
       perf_map_(options.perf_map ? std::make_unique<PerfMap>() : nullptr),
+      code_cache_(options, perf_map_.get()),
       clock_scale_(clock_scale(tsc_khz)),
       clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),
@@ -92,10 +93,13 @@ void SoftVm::install(std::unique_ptr<MemoryMap> map) {
     map_ = std::move(map);
   }
   flush_all_vcpus();
+  code_cache_.retire_all();
 }
 
 // Chained code looks at its request word only: whoever runs the old code must be told.
-void SoftVm::code_changed() noexcept {
+void SoftVm::code_changed(uint64_t host_page) noexcept {
+  code_cache_.note_stale(host_page);
+  epoch.fetch_add(1);
   const std::lock_guard lock(peers_mutex_);
   for (SoftVcpu* vcpu : peers_) vcpu->post(request::code);
 }

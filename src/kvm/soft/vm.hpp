@@ -12,10 +12,10 @@
 #include "kvm/soft/irqchip/irqchip.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
 #include "kvm/soft/options.hpp"
+#include "kvm/soft/translate/code_cache.hpp"
 
 namespace lodge::kvm::soft {
 
-class PerfMap;
 class SoftVcpu;
 
 class SoftVm final : public Vm, private CodeWatch {
@@ -57,7 +57,7 @@ class SoftVm final : public Vm, private CodeWatch {
   std::mutex& split_lock() noexcept { return split_lock_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }
   const Options& options() const noexcept { return options_; }
-  PerfMap* perf_map() const noexcept { return perf_map_.get(); }  // or null
+  CodeCache& code_cache() noexcept { return code_cache_; }
   // kvmclock follows the host's TSC, as the pages that guests read do: one line for all vCPUs.
   uint64_t kvmclock_at(uint64_t host_tsc) const noexcept {
     return clock_scale_.nanoseconds(host_tsc) + clock_offset_.load(std::memory_order_relaxed);
@@ -71,14 +71,15 @@ class SoftVm final : public Vm, private CodeWatch {
   void remove_vcpu(SoftVcpu& vcpu) noexcept;
 
  private:
-  void code_changed() noexcept override;
+  void code_changed(uint64_t host_page) noexcept override;
   void install(std::unique_ptr<MemoryMap> map);
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);
 
   const uint32_t tsc_khz_;
   const Options options_;
-  const std::unique_ptr<PerfMap> perf_map_;
+  const std::unique_ptr<PerfMap> perf_map_;  // or null
+  CodeCache code_cache_;
   const ClockScale clock_scale_;
   RealClock clock_;
   std::atomic<uint64_t> clock_offset_;

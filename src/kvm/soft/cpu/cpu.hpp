@@ -23,7 +23,7 @@ namespace lodge::kvm::soft {
 class MemoryMap;
 class Platform;
 class Slot;
-struct Block;
+struct DecodedBlock;
 struct Op;
 
 enum class Exception : uint8_t {
@@ -232,7 +232,7 @@ class Cpu : public CpuState {
   // The slots that translations use; set by the run loop, never null while instructions run.
   const MemoryMap* memory = nullptr;
   // The running block, so that a store into it is noticed; null outside blocks.
-  const Block* block = nullptr;
+  const DecodedBlock* block = nullptr;
   WriteJournal* journal = nullptr;  // of what is written now, if anybody wants to know
   // Counts TLB flushes; what was looked up by linear address under another number is stale.
   uint32_t flushes = 1;

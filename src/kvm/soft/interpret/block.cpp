@@ -1,11 +1,8 @@
 #include "kvm/soft/interpret/block.hpp"
 
-#include "kvm/soft/translate/translation.hpp"
-
 namespace lodge::kvm::soft {
 
-Block::Block() noexcept = default;
-Block::~Block() = default;
+Ops::Ops(std::vector<Op> ops) : ops_(std::make_shared<const std::vector<Op>>(std::move(ops))) {}
 
 Block* BlockCache::insert(std::unique_ptr<Block> block, bool& dropped) {
   const size_t cost = block->ops.size() + block_overhead;

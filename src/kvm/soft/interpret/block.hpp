@@ -12,23 +12,53 @@
 
 namespace lodge::kvm::soft {
 
+class MemoryMap;
 class Translation;
 
-struct Block {
-  Block() noexcept;
-  ~Block();
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
+// Decoded instructions, made once and then only read: a vCPU's block and its translations share them.
+class Ops {
+ public:
+  Ops() = default;
+  explicit Ops(std::vector<Op> ops);
 
+  const Op* data() const noexcept { return ops_->data(); }
+  size_t size() const noexcept { return ops_ ? ops_->size() : 0; }
+  const Op& operator[](size_t n) const noexcept { return (*ops_)[n]; }
+  const Op& front() const noexcept { return ops_->front(); }
+  auto begin() const noexcept { return ops_->begin(); }
+  auto end() const noexcept { return ops_->end(); }
+
+ private:
+  std::shared_ptr<const std::vector<Op>> ops_;
+};
+
+struct DecodedBlock {
   uint64_t host = 0;  // host address of the first byte: two mappings of one page share their blocks
   uint32_t key = 0;   // the modes that decoding depends on (decode_key())
   uint32_t instructions = 0;
   // The code words (Slot::code) of the page or pages that it was decoded from, and their values then.
   std::atomic<uint32_t>* word[2] = {nullptr, nullptr};
   uint32_t word_value[2] = {0, 0};
-  uint64_t host_page[2] = {0, 0};  // host addresses of these pages; second 0: none
+  uint64_t host_page[2] = {0, 0};        // host addresses of these pages; second 0: none
+  std::shared_ptr<const MemoryMap> map;  // keeps the code words
   uint32_t bytes = 0;
-  std::vector<Op> ops;  // the last one ends the block
+  Ops ops;  // the last one ends the block
+
+  bool fresh() const noexcept {
+    return word[0]->load(std::memory_order_acquire) == word_value[0] &&
+           (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
+  }
+  // Whether both were decoded from the same bytes of the same slots.
+  bool same_code(const DecodedBlock& other) const noexcept {
+    return host == other.host && word[0] == other.word[0] && word_value[0] == other.word_value[0] &&
+           word[1] == other.word[1] && word_value[1] == other.word_value[1];
+  }
+};
+
+struct Block : DecodedBlock {
+  Block() = default;
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
 
   // Where control went from here: valid while the vCPU's flush count is still the same.
   struct Link {
@@ -40,16 +70,12 @@ struct Block {
   Link links[2];
   uint32_t next_link = 0;  // which one to replace
 
-  // What the translator has made of it, by Boundary::index(), and what it should know.
-  std::array<std::unique_ptr<Translation>, 8> code;
-  uint32_t runs = 0;       // by the interpreter
-  uint32_t crossings = 0;  // runs of accesses that met a page's end
-  bool untranslatable = false, runs_are_poor = false;
-
-  bool fresh() const noexcept {
-    return word[0]->load(std::memory_order_acquire) == word_value[0] &&
-           (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
-  }
+  // What the code cache has of it, by Boundary::index(), as of a count of what was removed from there
+  // (Translator::seen()).
+  std::array<Translation*, 8> code{};
+  uint64_t code_seen = 0;
+  uint32_t runs = 0;  // by the interpreter
+  bool untranslatable = false;
 };
 
 // Decoded blocks of one vCPU, by place and mode. Only its thread touches it.

@@ -20,8 +20,7 @@ void Slot::invalidate(uint64_t page) noexcept {
   uint32_t word = code[page].load();
   while ((word & has_code) != 0)
     if (code[page].compare_exchange_weak(word, (word & ~has_code) + 2)) {
-      watch_.epoch.fetch_add(1);
-      watch_.code_changed();
+      watch_.code_changed(reinterpret_cast<uint64_t>(host) + (page << page_shift));
       return;
     }
 }

@@ -21,7 +21,8 @@ class CodeWatch {
   CodeWatch& operator=(const CodeWatch&) = delete;
   std::atomic<uint32_t> epoch{0};
   virtual ~CodeWatch() = default;
-  virtual void code_changed() noexcept {}  // any thread
+  // Advances `epoch`. Any thread; `host_page`: host address of the page that was written to.
+  virtual void code_changed([[maybe_unused]] uint64_t host_page) noexcept { epoch.fetch_add(1); }
 };
 
 // One memory slot with what the accelerator keeps about each of its pages.

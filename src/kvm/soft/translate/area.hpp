@@ -32,7 +32,7 @@ struct Boundary {
 };
 
 struct TranslatorArea {
-  static constexpr unsigned levels = 4, jump_bits = 14, jump_entries = 1u << jump_bits, slot_count = 1u << 17;
+  static constexpr unsigned levels = 4, jump_bits = 14, jump_entries = 1u << jump_bits, slot_count = 1u << 18;
 
   uint64_t host_rsp = 0;  // of the function that entered translated code
   uint64_t resume = 0;    // where a restore stub goes on

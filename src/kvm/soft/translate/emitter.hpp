@@ -148,6 +148,19 @@ class Emitter {
     return jump_if(5);
   }
 
+  // The same while other vCPUs may be running the jump: they see the old target or the new one, because the
+  // displacement is aligned (align_displacement()).
+  static void patch_running(uint8_t* displacement, const void* target) noexcept {
+    const auto relative = static_cast<int32_t>(static_cast<const uint8_t*>(target) - (displacement + 4));
+    __atomic_store_n(reinterpret_cast<int32_t*>(displacement), relative, __ATOMIC_RELEASE);
+  }
+  // So that the displacement of a jump with `opcode` bytes before it, which comes next, is aligned.
+  void align_displacement(unsigned opcode) noexcept {
+    static constexpr uint8_t nop[4][3] = {{}, {0x90}, {0x66, 0x90}, {0x0f, 0x1f, 0x00}};
+    const auto missing = static_cast<unsigned>(-(reinterpret_cast<uintptr_t>(at_) + opcode) & 3);
+    bytes(nop[missing], missing);
+  }
+
   // Keep the arithmetic flags in `home` (as Cpu::arith has them); RAX is saved in `temp`.
   void save_flags(int64_t home, unsigned temp) noexcept {
     move(temp, 0);

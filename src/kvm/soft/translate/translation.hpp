@@ -1,8 +1,11 @@
-// One block as host code.
+// One block as host code. Made under the code cache's lock; after that, what is not said to be guarded by it
+// is only read. The memory stays until no vCPU can be in the code or at one of its sites any more.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <deque>
+#include <list>
+#include <memory_resource>
 #include <vector>
 
 #include "kvm/soft/interpret/block.hpp"
@@ -31,41 +34,62 @@ struct Site {
   uint16_t mnemonic = 0;  // ZydisMnemonic of an instruction for the interpreter; 0: not known
 };
 
-// A direct branch out of a translation.
+// A direct branch out of a translation. Within the page it is a jump that is patched for all vCPUs; to
+// another page, which each vCPU may have mapped differently, it goes through a slot, each vCPU's own.
 struct DirectExit {
   Translation* owner = nullptr;
-  Translation* target = nullptr;    // what it is linked to
   int32_t offset = 0;               // of the target from the start of the owner's page
   uint8_t* displacement = nullptr;  // of the jump that is patched; null for one through a slot
   uint32_t slot = 0;
   bool has_slot = false;
+  // The owner's own entry: it reaches into a second page, and the slot says that this vCPU has that page
+  // mapped as the code expects.
+  bool is_entry = false;
   const uint8_t* stub = nullptr;  // where it goes while not linked
   Boundary boundary;
-  uint32_t index = 0;  // in target->incoming
+  // Guarded by the cache's lock: what the jump is linked to, and its place in that one's list.
+  Translation* target = nullptr;
+  DirectExit *next = nullptr, *previous = nullptr;
+};
+
+// How a block is best translated, found out while its first translation ran.
+struct Hints {
+  bool no_runs = false;  // runs of accesses meet page ends often: each access is looked up by itself
 };
 
 class Translation {
  public:
-  Translation(Translator& by, Block& of, Boundary entered) noexcept
-      : translator(by), block(of), boundary(entered) {}
-  ~Translation();  // unlinks it from everything
+  Translation(const DecodedBlock& of, uint32_t of_profile, Boundary entered, Hints how,
+              std::pmr::memory_resource& memory)
+      : block(of),
+        profile(of_profile),
+        boundary(entered),
+        hints(how),
+        sites(&memory),
+        exits(&memory),
+        faults(&memory) {}
   Translation(const Translation&) = delete;
   Translation& operator=(const Translation&) = delete;
 
-  Translator& translator;
-  Block& block;
+  const DecodedBlock block;
+  const uint32_t profile;   // CodeCache::profile()
   const Boundary boundary;  // at its entry
+  const Hints hints;
   const uint8_t* begin = nullptr;
+  const uint8_t* body = nullptr;  // behind the check of the entry (DirectExit::is_entry), or `begin`
   const uint8_t* end = nullptr;
-  std::deque<Site> sites;
-  std::deque<DirectExit> exits;
-  std::vector<DirectExit*> incoming;
-  std::vector<uint32_t> jump_entries;  // of the area's table for its level, that name it
+  std::pmr::list<Site> sites;
+  std::pmr::list<DirectExit> exits;
   struct Fault {
     const uint8_t* at;    // native instruction that may raise a signal
     const uint8_t* stub;  // where it is interpreted
   };
-  std::vector<Fault> faults;
+  std::pmr::vector<Fault> faults;
+
+  // Replaced, or its page was written to: nothing new leads here. Set under the lock.
+  std::atomic<bool> dead{false};
+  std::atomic<uint32_t> crossings{0};  // runs of accesses that met a page's end
+  DirectExit* incoming = nullptr;      // patched jumps; guarded by the cache's lock
 };
 
 }  // namespace lodge::kvm::soft

@@ -1,27 +1,15 @@
 #include "kvm/soft/translate/translator.hpp"
 
 #include <fmt/format.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 
 #include "kvm/soft/decode/decoder.hpp"
+#include "kvm/soft/translate/discard.hpp"
 #include "kvm/soft/translate/host_signal.hpp"
-#include "kvm/soft/translate/perf_map.hpp"
-#include "kvm/soft/translate/unit.hpp"
 
 namespace lodge::kvm::soft {
 namespace {
-
-// Room that is certainly enough for one translation.
-constexpr size_t largest_translation = size_t{64} << 10;
-
-// The whole pages of [begin, end).
-void discard(void* begin, void* end) noexcept {
-  const uint64_t first = (reinterpret_cast<uint64_t>(begin) + page_mask) & ~page_mask;
-  const uint64_t last = reinterpret_cast<uint64_t>(end) & ~page_mask;
-  if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-}
 
 bool is_user(const Cpu& cpu) noexcept {
   return cpu.cpl() == 3;
@@ -29,201 +17,151 @@ bool is_user(const Cpu& cpu) noexcept {
 
 }  // namespace
 
-Translation::~Translation() {
-  translator.remove(*this);
-}
+// Dekker's handshake with CodeCache: either the cache sees that this vCPU is inside and leaves what it has
+// removed to it, or the vCPU sees here that something was removed.
+class Translator::Inside {
+ public:
+  explicit Inside(Translator& translator) noexcept : translator_(translator) {
+    translator_.inside_.store(true);
+    if (!translator_.has_gone_.load()) return;
+    const std::lock_guard lock(translator_.cache_.mutex());
+    translator_.forget_gone();
+  }
+  ~Inside() { translator_.inside_.store(false, std::memory_order_release); }
+  Inside(const Inside&) = delete;
+  Inside& operator=(const Inside&) = delete;
+
+ private:
+  Translator& translator_;
+};
 
 Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, const Options& options,
-                       PerfMap* perf_map)
+                       CodeCache& cache)
     : cpu_(cpu),
       area_(area),
       source_(source),
       options_(options),
-      code_(options.code_cache, PROT_READ | PROT_WRITE | PROT_EXEC,
-            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0,
-            "cannot map the translator's code cache (is executable memory forbidden here?)"),
-      bump_(code_.data()),
-      stubs_(code_.data(), StateOffsets(cpu, area)),
-      counts_(options.count),
-      perf_map_(perf_map) {
-  bump_ = const_cast<uint8_t*>(stubs_.end);
+      cache_((cache.attach(*this, StateOffsets(cpu, area)), cache)),
+      stubs_(cache.stubs()),
+      counts_(options.count) {
   area_.translator = this;
+  features_changed();
   if (counts_) interpreted_.resize(ZYDIS_MNEMONIC_MAX_VALUE + 1);
-  restart_perf_map();
   install_signal_handlers();
 }
 
 Translator::~Translator() {
+  cache_.detach(*this);
   area_.translator = nullptr;
 }
 
-// --- the life of translations
-
-Translation* Translator::translation_of(Block& block, Boundary boundary) noexcept {
-  std::unique_ptr<Translation>& place = block.code[boundary.index()];
-  if (place) return place.get();
-  if (block.untranslatable || block.runs < options_.translate_after || full_) return nullptr;
-  return translate(block, boundary);
+void Translator::features_changed() {
+  profile_ = cache_.profile(cpu_.features);
 }
 
-Translation* Translator::translate(Block& block, Boundary boundary) noexcept {
-  if (static_cast<size_t>(code_.data() + code_.size() - bump_) < largest_translation) {
-    full_ = true;
-    return nullptr;
-  }
-  auto translation = std::make_unique<Translation>(*this, block, boundary);
-  UnitEmitter unit(*this, *translation, bump_, bump_ + largest_translation);
-  if (!unit.emit()) {
-    block.untranslatable = true;
-    return nullptr;
-  }
-  bump_ = const_cast<uint8_t*>(translation->end);
-  by_address_.emplace(translation->begin, translation.get());
-  for (const uint64_t page : block.host_page)
-    if (page != 0) by_page_[page].push_back(translation.get());
-  if (perf_map_ != nullptr) name_for_perf(*translation);
-  ++statistics_.translations;
-  statistics_.guest_instructions += block.instructions;
-  statistics_.host_bytes += static_cast<uint64_t>(translation->end - translation->begin);
-  std::unique_ptr<Translation>& place = block.code[boundary.index()];
-  place = std::move(translation);
-  return place.get();
+std::string Translator::guest_name() const {
+  return fmt::format("guest_{}{}_{:#x}", is_user(cpu_) ? "user" : "kernel",
+                     cpu_.mode() == Mode::bits64 ? 64 : 32, cpu_.rip);
 }
 
-void Translator::restart_perf_map() noexcept {
-  if (perf_map_ == nullptr) return;
-  perf_map_->forget(this);
-  perf_map_->add(this, code_.data(), stubs_.end, fmt::format("lodge_stubs_cpu{}", cpu_.id()));
+bool Translator::set_idle(bool idle) noexcept {
+  return cache_.set_idle(*this, idle);
 }
 
-// By where the guest is: its address, mode and privilege.
-void Translator::name_for_perf(const Translation& t) noexcept {
-  perf_map_->add(this, t.begin, t.end,
-                 fmt::format("guest_{}{}_{:#x}", is_user(cpu_) ? "user" : "kernel",
-                             cpu_.mode() == Mode::bits64 ? 64 : 32, cpu_.rip));
-}
-
-void Translator::remove(Translation& t) noexcept {
-  ++removals_;
-  if (retranslate_ == &t.block) retranslate_ = nullptr;  // the block may be going, too
-  while (!t.incoming.empty()) unlink(*t.incoming.back());
-  std::erase(user_crossing_, &t);
-  std::erase(supervisor_crossing_, &t);
-  for (DirectExit& exit : t.exits) {
-    if (exit.target != nullptr) unlink(exit);
-    if (exit.has_slot) {
-      slot_exit_[exit.slot] = nullptr;
-      free_slots_.push_back(exit.slot);
-    }
-  }
-  for (const uint32_t i : t.jump_entries)
-    if (area_.jump_code[t.boundary.level][i] == t.begin) area_.jump_tag[t.boundary.level][i] = 0;
-  if (t.end == nullptr) return;  // never finished
-  by_address_.erase(t.begin);
-  for (const uint64_t page : t.block.host_page)
-    if (const auto it = by_page_.find(page); page != 0 && it != by_page_.end()) {
-      std::erase(it->second, &t);
-      if (it->second.empty()) by_page_.erase(it);
-    }
-}
-
-void Translator::drop_stale() noexcept {
-  std::vector<Block*> stale;
-  for (const auto& [page, translations] : by_page_)
-    if (!translations.front()->block.fresh())
-      for (Translation* t : translations) stale.push_back(&t->block);
-  for (Block* block : stale)
-    for (auto& code : block->code)
-      if (code) {
-        code.reset();
-        ++statistics_.dropped;
-      }
-}
-
-void Translator::rewind() noexcept {
-  start_anew();
-  ++statistics_.flushes;
-}
-
-void Translator::start_anew() noexcept {
-  bump_ = const_cast<uint8_t*>(stubs_.end);
-  full_ = false;
-  restart_perf_map();
-}
-
-void Translator::release() noexcept {
-  forget_user();
-  forget_supervisor();
-  start_anew();
-  // No translation is left that could own one.
-  slot_exit_ = {};
-  free_slots_ = {};
+void Translator::give_back() noexcept {
   user_links_ = {};
   supervisor_links_ = {};
-  by_page_ = {};
-  discard(bump_, code_.data() + code_.size());
-  // Empty entries are zero, so those that share a page with something else may stay.
+  places_ = {};
+  // No slot and no entry of a table leads anywhere any more. Empty ones are zero, so those that share a page
+  // with something else may stay.
   discard(area_.jump_tag.data(), area_.slot.data() + area_.slot.size());
+}
+
+// --- translations, and what was removed
+
+bool Translator::may_be_ready(const Block& block) const noexcept {
+  if (block.untranslatable) return false;
+  // Another vCPU may have made it: asked when the block is new.
+  return block.runs == 0 || block.runs >= options_.translate_after ||
+         (block.code[0] != nullptr && block.code_seen == seen_.load(std::memory_order_relaxed));
+}
+
+Translation* Translator::translation_of(Block& block, Boundary boundary) noexcept {
+  const uint64_t seen = seen_.load(std::memory_order_relaxed);
+  if (block.code_seen != seen) {
+    block.code = {};
+    block.code_seen = seen;
+  }
+  Translation*& place = block.code[boundary.index()];
+  if (place != nullptr) return place;
+  if (!may_be_ready(block)) return nullptr;
+  const std::lock_guard lock(cache_.mutex());
+  place = cache_.find(block, profile_, boundary);
+  if (place != nullptr || block.runs < options_.translate_after) return place;
+  bool refused = false;
+  place = cache_.make(*this, block, profile_, boundary, refused);
+  block.untranslatable = refused;
+  if (place == nullptr) return nullptr;
+  ++statistics_.translations;
+  statistics_.guest_instructions += block.instructions;
+  statistics_.host_bytes += static_cast<uint64_t>(place->end - place->begin);
+  return place;
+}
+
+void Translator::gone(Translation& translation) noexcept {
+  gone_.push_back(&translation);
+  has_gone_.store(true);
+}
+
+void Translator::forget_gone_if_outside() noexcept {
+  if (has_gone_.load() && !inside_.load()) forget_gone();
+}
+
+void Translator::forget_gone() noexcept {
+  bool had_slots = false;
+  for (const Translation* t : gone_) {
+    for (const DirectExit& exit : t->exits) had_slots = had_slots || exit.has_slot;
+    const auto it = places_.find(t);
+    if (it == places_.end()) continue;
+    for (const uint32_t place : it->second) {
+      if ((place & is_jump) != 0) {
+        const unsigned level = place >> level_shift & 3;
+        const uint32_t i = place & (TranslatorArea::jump_entries - 1);
+        if (area_.jump_code[level][i] == t->begin) area_.jump_tag[level][i] = 0;
+      } else if (const DirectExit* exit = cache_.slot_owner(place); exit != nullptr) {
+        area_.slot[place] = exit->stub;
+      }
+    }
+    places_.erase(it);
+  }
+  if (had_slots)
+    for (auto* links : {&user_links_, &supervisor_links_})
+      std::erase_if(*links, [&](const SlotLink& l) { return cache_.slot_owner(l.slot) == nullptr; });
+  gone_.clear();
+  passed_ = cache_.removals();
+  seen_.fetch_add(1, std::memory_order_relaxed);
+  has_gone_.store(false);
 }
 
 // --- links
 
 void Translator::link(DirectExit& exit, Translation& target) noexcept {
-  exit.target = &target;
-  exit.index = static_cast<uint32_t>(target.incoming.size());
-  target.incoming.push_back(&exit);
-  ++statistics_.links;
   if (exit.displacement != nullptr) {
-    Emitter::patch(exit.displacement, target.begin);
-    // It holds while the page behind is mapped as it is, though the page of both stays.
-    auto& crossing = is_user(cpu_) ? user_crossing_ : supervisor_crossing_;
-    if (target.block.host_page[1] != 0 &&
-        std::find(crossing.begin(), crossing.end(), &target) == crossing.end())
-      crossing.push_back(&target);
+    const std::lock_guard lock(cache_.mutex());
+    if (cache_.link(exit, target)) ++statistics_.links;
     return;
   }
-  area_.slot[exit.slot] = target.begin;
-  (is_user(cpu_) ? user_links_ : supervisor_links_).push_back(exit.slot);
+  // An entry's slot answers for its own code only.
+  if (exit.is_entry && exit.owner != &target) return;
+  area_.slot[exit.slot] = exit.is_entry ? target.body : target.begin;
+  (is_user(cpu_) ? user_links_ : supervisor_links_).push_back({.slot = exit.slot, .stub = exit.stub});
+  places_[&target].push_back(exit.slot);
+  ++statistics_.links;
 }
 
-void Translator::unlink(DirectExit& exit) noexcept {
-  auto& incoming = exit.target->incoming;
-  incoming.back()->index = exit.index;
-  incoming[exit.index] = incoming.back();
-  incoming.pop_back();
-  exit.target = nullptr;
-  if (exit.displacement != nullptr)
-    Emitter::patch(exit.displacement, exit.stub);
-  else
-    area_.slot[exit.slot] = exit.stub;
-}
-
-uint32_t Translator::new_slot(DirectExit& exit) noexcept {
-  uint32_t slot = TranslatorArea::slot_count;
-  if (!free_slots_.empty()) {
-    slot = free_slots_.back();
-    free_slots_.pop_back();
-  } else if (slot_exit_.size() < TranslatorArea::slot_count) {
-    slot = static_cast<uint32_t>(slot_exit_.size());
-    slot_exit_.push_back(nullptr);
-  } else {
-    full_ = true;
-    return slot;
-  }
-  slot_exit_[slot] = &exit;
-  return slot;
-}
-
-void Translator::reset_slots(std::vector<uint32_t>& slots) noexcept {
-  for (const uint32_t slot : slots)
-    if (DirectExit* exit = slot_exit_[slot]; exit != nullptr && exit->target != nullptr) unlink(*exit);
-  slots.clear();
-}
-
-void Translator::unlink_crossing(std::vector<Translation*>& crossing) noexcept {
-  for (Translation* t : crossing)
-    while (!t->incoming.empty()) unlink(*t->incoming.back());
-  crossing.clear();
+void Translator::reset_slots(std::vector<SlotLink>& links) noexcept {
+  for (const SlotLink& link : links) area_.slot[link.slot] = link.stub;
+  links.clear();
 }
 
 uint32_t Translator::jump_index(uint64_t linear) noexcept {
@@ -234,8 +172,9 @@ void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
   const uint32_t i = jump_index(linear);
   area_.jump_tag[t.boundary.level][i] = linear ^ area_.tag;
   area_.jump_code[t.boundary.level][i] = t.begin;
-  if (std::find(t.jump_entries.begin(), t.jump_entries.end(), i) == t.jump_entries.end())
-    t.jump_entries.push_back(i);
+  const uint32_t place = is_jump | uint32_t{t.boundary.level} << level_shift | i;
+  auto& places = places_[&t];
+  if (std::find(places.begin(), places.end(), place) == places.end()) places.push_back(place);
 }
 
 // --- mappings of code
@@ -243,7 +182,6 @@ void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
 void Translator::forget_user() noexcept {
   user_modes_.clear();
   reset_slots(user_links_);
-  unlink_crossing(user_crossing_);
   user_pages_.clear();
   cpu_.user_code_pages.clear();
   cpu_.user_code_flushed = false;
@@ -252,7 +190,6 @@ void Translator::forget_user() noexcept {
 void Translator::forget_supervisor() noexcept {
   supervisor_modes_.clear();
   reset_slots(supervisor_links_);
-  unlink_crossing(supervisor_crossing_);
   supervisor_pages_.clear();
   cpu_.supervisor_code_pages.clear();
   cpu_.supervisor_code_flushed = false;
@@ -301,7 +238,15 @@ void Translator::register_page(const Block& block, uint64_t linear) noexcept {
 
 // --- running
 
+bool Translator::ready(Block& block) noexcept {
+  const Inside inside(*this);
+  sync();
+  return translation_of(block, {}) != nullptr;
+}
+
 bool Translator::run(Block& block) noexcept {
+  if (!may_be_ready(block)) return false;
+  const Inside inside(*this);
   sync();
   Translation* t = translation_of(block, {});
   if (t == nullptr) return false;
@@ -312,9 +257,9 @@ bool Translator::run(Block& block) noexcept {
   const void* restore = resume(t->begin, {});
   stubs_.enter(&cpu_, restore);
   cpu_.block = nullptr;
-  if (Block* again = std::exchange(retranslate_, nullptr); again != nullptr) {
-    again->runs_are_poor = true;
-    for (auto& code : again->code) code.reset();
+  if (Translation* again = std::exchange(retranslate_, nullptr); again != nullptr) {
+    const std::lock_guard lock(cache_.mutex());
+    if (cpu_.decode_key == again->block.key) cache_.remake(*this, *again, {.no_runs = true});
     if (once_) return false;  // it has left in the middle of the block
   }
   return true;
@@ -400,7 +345,7 @@ bool Translator::interpret(const Op& op) noexcept {
 
 void Translator::before_interpreting(const Site& site) noexcept {
   cpu_.gpr[rsp] += static_cast<uint64_t>(int64_t{site.rsp_before});
-  const Block& block = site.owner->block;
+  const DecodedBlock& block = site.owner->block;
   cpu_.gpr[gpr_rip] = area_.page + (block.host & page_mask);
   cpu_.block = &block;
 }
@@ -410,6 +355,7 @@ void Translator::note_unfilled() noexcept {
 }
 
 const void* Translator::on_slow_access(Site& site) noexcept {
+  cache_.observe();
   ++statistics_.slow_accesses;
   before_interpreting(site);
   const bool forced = std::exchange(area_.force_interpretation, 0) != 0;
@@ -436,19 +382,19 @@ const void* Translator::on_slow_access(Site& site) noexcept {
     } else {
       ++statistics_.crossings;
       // A run of accesses that crosses a page: when that happens often, each is better looked up by itself.
-      if (site.run && ++site.owner->block.crossings == 64) retranslate_ = &site.owner->block;
+      if (site.run && site.owner->crossings.fetch_add(1, std::memory_order_relaxed) == 63)
+        retranslate_ = site.owner;
     }
   }
-  const uint64_t removals = removals_;
-  const std::vector<Op>& ops = site.owner->block.ops;
+  const Ops& ops = site.owner->block.ops;
   uint64_t behind = site.owner->block.instructions - site.first;
   for (unsigned i = site.first; i <= site.last; ++i) {
     const bool goes_on = interpret(ops[i]);
     if (!cpu_.interrupted_access()) --behind;
     if (std::exchange(unfilled, false)) note_unfilled();
-    if (goes_on && removals == removals_) continue;
+    if (goes_on) continue;
     uncount(behind);
-    return goes_on ? leave() : resume_at_rip();
+    return resume_at_rip();
   }
   if (cpu_.pending.valid || source_.wants_attention() || retranslate_ != nullptr) {
     uncount(behind);
@@ -460,16 +406,16 @@ const void* Translator::on_slow_access(Site& site) noexcept {
 }
 
 const void* Translator::on_complex(Site& site) noexcept {
+  cache_.observe();
   before_interpreting(site);
-  const uint64_t removals = removals_;
-  const Block& block = site.owner->block;
+  const DecodedBlock& block = site.owner->block;
   const uint64_t behind = block.instructions - site.first - 1u;
   if (counts_) ++interpreted_[site.mnemonic];
   if (!interpret(block.ops[site.first])) {
     uncount(cpu_.interrupted_access() ? behind + 1 : behind);
     return resume_at_rip();
   }
-  if (removals != removals_ || cpu_.pending.valid || source_.wants_attention() || event_waits()) {
+  if (cpu_.pending.valid || source_.wants_attention() || event_waits()) {
     uncount(behind);
     return leave();
   }
@@ -483,29 +429,32 @@ const void* Translator::on_complex(Site& site) noexcept {
 }
 
 const void* Translator::on_request(Site& site) noexcept {
+  cache_.observe();
   before_interpreting(site);
-  const Block& block = site.owner->block;
+  const DecodedBlock& block = site.owner->block;
   cpu_.rip = cpu_.this_rip(block.ops[site.first]);
   uncount(block.instructions - site.first);
   return leave();
 }
 
 const void* Translator::on_exit(DirectExit& exit) noexcept {
+  cache_.observe();
   cpu_.rip = area_.page + (static_cast<uint32_t>(exit.offset) & page_mask);
   if (once_) return leave();
   if (source_.wants_attention()) return leave();
-  const uint64_t removals = removals_;
   sync();
   Block* block = source_.block_at(cpu_.rip);
-  if (block == nullptr || removals != removals_ || source_.wants_attention()) return leave();
+  if (block == nullptr || source_.wants_attention()) return leave();
   Translation* t = translation_of(*block, exit.boundary);
   if (t == nullptr) return leave();
   register_page(*block, cpu_.rip);
-  if (exit.target == nullptr) link(exit, *t);
-  return resume(t->begin, exit.boundary);
+  link(exit, *t);
+  // Behind the check of its entry, which has just been made.
+  return resume(exit.owner == t ? t->body : t->begin, exit.boundary);
 }
 
 const void* Translator::on_indirect(Site& site) noexcept {
+  cache_.observe();
   ++statistics_.indirect_misses;
   cpu_.rip = area_.target;
   if (cpu_.mode() == Mode::bits64 && !cpu_.canonical(cpu_.rip)) {
@@ -519,16 +468,9 @@ const void* Translator::on_indirect(Site& site) noexcept {
 }
 
 const uint8_t* Translator::fault_stub(const uint8_t* at) noexcept {
-  if (at < code_.data() || at >= bump_) return nullptr;
-  auto it = by_address_.upper_bound(at);
-  if (it == by_address_.begin()) return nullptr;
-  const Translation& t = *std::prev(it)->second;
-  for (const Translation::Fault& fault : t.faults)
-    if (fault.at == at) {
-      area_.force_interpretation = 1;
-      return fault.stub;
-    }
-  return nullptr;
+  const uint8_t* const stub = cache_.fault_stub(at);
+  if (stub != nullptr) area_.force_interpretation = 1;
+  return stub;
 }
 
 }  // namespace lodge::kvm::soft

@@ -1,22 +1,21 @@
 // The translator tier of one vCPU: blocks that ran often become host code, which is chained and runs until
-// something asks for attention. Only the vCPU's thread touches it.
+// something asks for attention. The code is the VM's (CodeCache); what this vCPU has linked by its own
+// mappings - slots, the table of indirect branches - is kept here. Only the vCPU's thread calls it, but for
+// the members that say otherwise.
 #pragma once
 
-#include <map>
-#include <memory>
+#include <atomic>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
-#include "base/mapping.hpp"
 #include "kvm/soft/options.hpp"
 #include "kvm/soft/translate/area.hpp"
+#include "kvm/soft/translate/code_cache.hpp"
 #include "kvm/soft/translate/instruction.hpp"
-#include "kvm/soft/translate/stubs.hpp"
 #include "kvm/soft/translate/translation.hpp"
 
 namespace lodge::kvm::soft {
-
-class PerfMap;
 
 // Where the translator gets decoded blocks: the vCPU.
 class BlockSource {
@@ -29,6 +28,8 @@ class BlockSource {
   // Whether an event has waited until the guest can take it, which may be now: asked behind every
   // interpreted instruction.
   virtual bool event_waits() noexcept = 0;
+  // Makes wants_attention() true soon. Any thread.
+  virtual void interrupt() noexcept = 0;
 };
 
 struct TranslatorStatistics {
@@ -44,16 +45,18 @@ struct TranslatorStatistics {
   uint64_t native_faults = 0;  // a signal: #DE, a misaligned vector operand
   uint64_t interpreted = 0;    // instructions that translated code left to the interpreter
   uint64_t links = 0, indirect_misses = 0;
-  uint64_t dropped = 0;  // translations of pages that were written to
-  uint64_t flushes = 0;  // of the whole cache, because it was full
 };
 
 class Translator {
  public:
-  Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, const Options& options, PerfMap* perf_map);
+  // `cache` outlives it.
+  Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, const Options& options, CodeCache& cache);
   ~Translator();
   Translator(const Translator&) = delete;
   Translator& operator=(const Translator&) = delete;
+
+  // The vCPU's CPUID has changed.
+  void features_changed();
 
   // Runs `block` at Cpu::rip if it is or now becomes host code; false when it is not. Returns with the state
   // in the Cpu, at an instruction boundary, with `pending` or `stops` set when an instruction wanted that.
@@ -62,27 +65,39 @@ class Translator {
   // The same for one block only, without a link to what comes behind; false also when it left in the middle
   // of the block, to be translated anew. For the lockstep engine.
   bool run_once(Block& block) noexcept;
-  bool ready(Block& block) noexcept {
-    sync();
-    return translation_of(block, {}) != nullptr;
-  }
+  bool ready(Block& block) noexcept;
 
   // A page of code was written to: drops what was made of it.
-  void drop_stale() noexcept;
-  // The cache is full: the owner drops all blocks, then calls rewind().
-  bool full() const noexcept { return full_; }
-  void rewind() noexcept;
-  // The owner has dropped all blocks: gives memory back to the host.
-  void release() noexcept;
+  void drop_stale() noexcept { cache_.drop_stale(); }
+  // The vCPU halts and has been idle for a while, or not. True: so have all, and the code cache was given
+  // back to the host.
+  bool set_idle(bool idle) noexcept;
 
   const TranslatorStatistics& statistics() const noexcept { return statistics_; }
   // How often the interpreter has run an instruction for translated code, by ZydisMnemonic (0: one that
   // reaches into the next page). Empty when nothing is counted.
   const std::vector<uint64_t>& interpreted() const noexcept { return interpreted_; }
-  size_t code_bytes() const noexcept { return static_cast<size_t>(bump_ - code_.data()); }
+  // Of the cache that all vCPUs share: the first one tells, the others say 0 or nothing.
+  size_t code_bytes() const noexcept { return cache_.is_first(*this) ? cache_.used_bytes() : 0; }
+  CodeCacheStatistics cache_statistics() const noexcept {
+    return cache_.is_first(*this) ? cache_.statistics() : CodeCacheStatistics{};
+  }
 
-  // --- for Translation ---
-  void remove(Translation& translation) noexcept;
+  // --- for the code cache, any thread, under its lock
+  // This vCPU has to forget `translation` before its memory is used again.
+  void gone(Translation& translation) noexcept;
+  // Does so now, if the vCPU is not running translated code.
+  void forget_gone_if_outside() noexcept;
+  // Whether it has forgotten all up to this removal.
+  bool passed(uint64_t removal) const noexcept { return gone_.empty() || passed_ >= removal; }
+  // Asks for that.
+  void hurry() noexcept {
+    if (!gone_.empty()) source_.interrupt();
+  }
+  void place_slot(const DirectExit& exit) noexcept { area_.slot[exit.slot] = exit.stub; }
+  // All of the cache is gone: memory for tables goes back to the host.
+  void give_back() noexcept;
+  std::string guest_name() const;
 
   // --- for the stubs and the signal handler, on the vCPU's thread ---
   const void* on_slow_access(Site& site) noexcept;
@@ -94,21 +109,25 @@ class Translator {
   const uint8_t* fault_stub(const uint8_t* at) noexcept;
 
  private:
+  friend class CodeCache;
   friend class UnitEmitter;
   static constexpr uint32_t jump_multiplier = 0x9e37'79b1;
-  Translation* translate(Block& block, Boundary boundary) noexcept;
+  class Inside;  // while one exists, only the own thread touches what depends on translations
   Translation* translation_of(Block& block, Boundary boundary) noexcept;
+  // Whether translation_of() may find or make one.
+  bool may_be_ready(const Block& block) const noexcept;
+  void forget_gone() noexcept;
   // What flushes have left valid; the tag for the present mode.
   void sync() noexcept;
   void forget_user() noexcept;
   void forget_supervisor() noexcept;
-  uint32_t new_slot(DirectExit& exit) noexcept;  // slot_count: none is left
-  void start_anew() noexcept;
-  void reset_slots(std::vector<uint32_t>& slots) noexcept;
-  void unlink_crossing(std::vector<Translation*>& crossing) noexcept;
+  struct SlotLink {
+    uint32_t slot;
+    const uint8_t* stub;
+  };
+  void reset_slots(std::vector<SlotLink>& links) noexcept;
   void register_page(const Block& block, uint64_t linear) noexcept;
   void link(DirectExit& exit, Translation& target) noexcept;
-  void unlink(DirectExit& exit) noexcept;
   void remember_jump(Translation& translation, uint64_t linear) noexcept;
   static uint32_t jump_index(uint64_t linear) noexcept;
 
@@ -123,8 +142,6 @@ class Translator {
   void uncount(uint64_t instructions) noexcept {
     if (counts_) area_.instructions -= instructions;
   }
-  void restart_perf_map() noexcept;
-  void name_for_perf(const Translation& translation) noexcept;
   // After the interpreter has done an access that nothing could be filled in for.
   void note_unfilled() noexcept;
   bool interpret(const Op& op) noexcept;
@@ -133,23 +150,27 @@ class Translator {
   TranslatorArea& area_;
   BlockSource& source_;
   const Options options_;
-  Mapping code_;
-  uint8_t* bump_;
-  Stubs stubs_;
+  CodeCache& cache_;
+  const Stubs& stubs_;
   const bool counts_;
-  bool full_ = false, once_ = false;
-  PerfMap* const perf_map_;  // or null
-  uint64_t removals_ = 0;    // translations that are gone; a caller that sees it change has lost its own
-  std::vector<DirectExit*> slot_exit_;  // whose slot it is; null: free
-  std::vector<uint32_t> free_slots_;
-  std::vector<uint32_t> user_links_, supervisor_links_;  // slots that are or were linked
-  // Translations that reach into a second page and are linked within their first one.
-  std::vector<Translation*> user_crossing_, supervisor_crossing_;
+  bool once_ = false;
+  uint32_t profile_ = CodeCache::no_profile;
+
+  // What has been removed from the cache and is still known here. A translation's places: slots, and entries
+  // of the area's jump tables (is_jump, level, index).
+  std::atomic<bool> inside_{false}, has_gone_{false};
+  std::vector<Translation*> gone_;  // guarded by the cache's lock
+  uint64_t passed_ = 0;             // likewise: up to this removal everything is forgotten
+  bool idle_ = false;               // likewise
+  std::atomic<uint64_t> seen_{1};   // counts the times that something was forgotten; see Block::code_seen
+  static constexpr uint32_t is_jump = 1u << 31;
+  static constexpr unsigned level_shift = 24;
+  std::unordered_map<const Translation*, std::vector<uint32_t>> places_;
+
+  std::vector<SlotLink> user_links_, supervisor_links_;  // slots that are or were linked
   // Linear page under which the code of a host page is being run.
   std::unordered_map<uint64_t, uint64_t> user_pages_, supervisor_pages_;
-  std::unordered_map<uint64_t, std::vector<Translation*>> by_page_;
-  std::map<const uint8_t*, Translation*> by_address_;
-  Block* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
+  Translation* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
   // Tags: a number for each (generation, mode).
   struct ModeTag {
     uint32_t key;

@@ -34,6 +34,8 @@ bool UnitEmitter::emit() noexcept {
   if (!analyse_block()) return false;
   find_live_flags();
   t_.begin = e_.at();
+  emit_entry();
+  t_.body = e_.at();
   if (counts_) count(o_.instructions, code_.size());
   for (unsigned n = 0; n < code_.size() && !failed_; ++n) {
     if (!e_.room(room_for_one + stubs_.size() * room_for_stub)) return false;

@@ -100,6 +100,8 @@ class UnitEmitter {
   void load_guest(unsigned scratch, unsigned guest) noexcept;
   void exit_to(int64_t offset) noexcept;
   DirectExit& new_exit(int64_t offset) noexcept;
+  void take_slot(DirectExit& exit) noexcept;
+  void emit_entry() noexcept;
   void place_exit(DirectExit& exit, const uint8_t* stub) noexcept;
   void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
   void count(int64_t counter, size_t amount) noexcept;
@@ -119,7 +121,7 @@ class UnitEmitter {
 
   Translator& translator_;
   Translation& t_;
-  const Block& block_;
+  const DecodedBlock& block_;
   const StateOffsets& o_;
   Emitter e_;
   const bool wide_;     // 64-bit code

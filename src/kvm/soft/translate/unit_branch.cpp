@@ -82,7 +82,9 @@ void UnitEmitter::emit_branch(const Instruction& i) noexcept {
   const int64_t taken = start_ + static_cast<int64_t>(i.op->imm);
   const unsigned condition = i.insn.opcode & 15;
   if (in_page(taken)) {
-    new_exit(taken).displacement = e_.jump_if(condition);
+    DirectExit& exit = new_exit(taken);
+    e_.align_displacement(2);
+    exit.displacement = e_.jump_if(condition);
   } else {
     uint8_t* const skip = e_.jump_if(condition ^ 1);
     exit_to(taken);
@@ -104,10 +106,25 @@ DirectExit& UnitEmitter::new_exit(int64_t offset) noexcept {
   exit.boundary = boundary();
   add_stub(nullptr, Stubs::exit, &exit, exit.boundary);
   if (in_page(offset)) return exit;
-  exit.slot = translator_.new_slot(exit);
-  exit.has_slot = exit.slot != TranslatorArea::slot_count;
-  failed_ = failed_ || !exit.has_slot || offset != exit.offset;
+  failed_ = failed_ || offset != exit.offset;
+  take_slot(exit);
   return exit;
+}
+
+void UnitEmitter::take_slot(DirectExit& exit) noexcept {
+  exit.slot = translator_.cache_.new_slot(exit);
+  exit.has_slot = exit.slot != TranslatorArea::slot_count;
+  failed_ = failed_ || !exit.has_slot;
+}
+
+// A block that reaches into a second page is entered through a slot: each vCPU has looked there whether it
+// has the page mapped that the code was made of.
+void UnitEmitter::emit_entry() noexcept {
+  if (block_.host_page[1] == 0) return;
+  DirectExit& entry = new_exit(start_);
+  entry.is_entry = true;
+  take_slot(entry);
+  e_.jump_through_state(o_.slot + 8 * int64_t{entry.slot});
 }
 
 // Where the way out of the translation begins while it is not linked.
@@ -116,7 +133,7 @@ void UnitEmitter::place_exit(DirectExit& exit, const uint8_t* stub) noexcept {
   if (exit.displacement != nullptr)
     Emitter::patch(exit.displacement, stub);
   else
-    translator_.area_.slot[exit.slot] = stub;
+    translator_.cache_.place_slot(exit);
 }
 
 void UnitEmitter::exit_to(int64_t offset) noexcept {
@@ -125,6 +142,7 @@ void UnitEmitter::exit_to(int64_t offset) noexcept {
   DirectExit& exit = new_exit(offset);
   if (failed_) return;
   if (!exit.has_slot) {
+    e_.align_displacement(1);
     exit.displacement = e_.jump();
     return;
   }

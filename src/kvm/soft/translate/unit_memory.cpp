@@ -82,8 +82,7 @@ bool UnitEmitter::spares_run(const Instruction& i, uint8_t base, int32_t stack) 
 // How far accesses off the same base go, from instruction n on.
 void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   run_ = {};
-  if (block_.runs_are_poor || first.index != gpr_zero || first.segment != seg_none || first.base >= 16)
-    return;
+  if (t_.hints.no_runs || first.index != gpr_zero || first.segment != seg_none || first.base >= 16) return;
   int64_t low = first.disp;
   int64_t high = first.disp + first.size;
   bool write = first.write;
