@@ -10,10 +10,12 @@
 
 #include <array>
 #include <charconv>
+#include <vector>
 
 #include "base/error.hpp"
 #include "device/debug_ports.hpp"
 #include "device/testdev.hpp"
+#include "device/virtio/mount.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::device {
@@ -86,7 +88,7 @@ constexpr std::array debug_exit_options{
     OptionSchema{"size", "iosize", "2", "how many ports, 1 to 8"},
 };
 
-constexpr std::array rows{
+constexpr std::array own_rows{
     DeviceDescriptor{
         "debugcon", "prints the bytes that the guest writes to a port", debugcon_options,
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
@@ -125,8 +127,15 @@ std::string names_of(const Rows& named) {
 
 // --- Look-up ---
 
+// This folder's rows and those of the folders below it, which keep their own.
 std::span<const DeviceDescriptor> device_table() noexcept {
-  return rows;
+  static const std::vector<DeviceDescriptor> all = [] {
+    std::vector<DeviceDescriptor> joined(own_rows.begin(), own_rows.end());
+    const auto virtio = virtio::rows();
+    joined.insert(joined.end(), virtio.begin(), virtio.end());
+    return joined;
+  }();
+  return all;
 }
 
 const std::string& DeviceOptions::text(std::string_view name) const {
@@ -145,12 +154,18 @@ uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t
   return number;
 }
 
+bool DeviceOptions::flag(std::string_view name) const {
+  const std::string& value = text(name);
+  if (value != "on" && value != "off") usage_error("--device {},{}={}: give on or off", device_, name, value);
+  return value == "on";
+}
+
 std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
     const std::string& name, const std::map<std::string, std::string>& options) {
   const DeviceDescriptor* row = nullptr;
-  for (const auto& candidate : rows)
+  for (const auto& candidate : device_table())
     if (candidate.name == name) row = &candidate;
-  if (!row) usage_error("--device {}: no such device; there are {}", name, names_of(rows));
+  if (!row) usage_error("--device {}: no such device; there are {}", name, names_of(device_table()));
 
   // Defaults first, under the canonical name: a factory asks for that name only and always finds a value.
   std::map<std::string, std::string> values;

@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "base/clock.hpp"
+#include "base/event_loop.hpp"
 #include "base/state.hpp"
 #include "device/character.hpp"
 #include "machine/bus.hpp"
@@ -17,6 +18,10 @@
 #include "machine/memory.hpp"
 
 namespace lodge::device {
+
+namespace pci {
+class Root;
+}
 
 // What a factory may use of the machine. All of it outlives every device.
 struct DeviceContext {
@@ -31,6 +36,10 @@ struct DeviceContext {
   // `option`.
   std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option)>
       open_backend;
+  pci::Root& pci;
+  machine::MsiTarget& msi;
+  machine::Doorbells& doorbells;
+  EventLoop& loop;  // for queues and back ends that need little time at once
 };
 
 // A device that is part of the machine; destroying it takes it out.
@@ -56,6 +65,8 @@ class DeviceOptions {
   const std::string& text(std::string_view name) const;
   // Decimal or 0x hexadecimal. Throws UsageError naming device, option, value and the range.
   uint64_t number(std::string_view name, uint64_t minimum, uint64_t maximum) const;
+  // "on" or "off". Throws UsageError.
+  bool flag(std::string_view name) const;
 
  private:
   std::string device_;

@@ -6,6 +6,8 @@
 #include <deque>
 
 #include "base/error.hpp"
+#include "device/pci/root.hpp"
+#include "device/reset.hpp"
 #include "device/testing.hpp"
 #include "machine/layout.hpp"
 
@@ -32,6 +34,10 @@ class TableTest : public ::testing::Test {
   FakeClock clock;
   testing::FakePower power;
   std::deque<testing::FakeInterrupt> lines{24};
+  ResetControl reset{power};
+  pci::Root pci{ports, memory, [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); }, reset};
+  testing::FakePlatform platform;
+  EventLoop loop{"test"};
   std::shared_ptr<testing::FakeBackend> backend = std::make_shared<testing::FakeBackend>();
   DeviceContext context{ports,
                         memory,
@@ -39,7 +45,11 @@ class TableTest : public ::testing::Test {
                         clock,
                         power,
                         [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); },
-                        [this](const std::string&, const std::string&) { return backend; }};
+                        [this](const std::string&, const std::string&) { return backend; },
+                        pci,
+                        platform,
+                        platform,
+                        loop};
 };
 
 TEST_F(TableTest, DebugExitSitsWhereItIsToldAndLeavesWithItsObject) {

@@ -1,6 +1,7 @@
 // Fakes for the unit tests beside the chips.
 #pragma once
 
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -27,6 +28,27 @@ class FakePower : public machine::Power {
   void exit_with(int status) noexcept override { exit_status = status; }
   std::vector<machine::PowerRequest> requests;
   std::optional<int> exit_status;
+};
+
+// Where messages and doorbells end: remembers both.
+class FakePlatform : public machine::MsiTarget, public machine::Doorbells {
+ public:
+  void signal(uint64_t address, uint32_t data) noexcept override {
+    const std::lock_guard lock(mutex);
+    messages.emplace_back(address, data);
+  }
+  bool add(const machine::Doorbell& doorbell) noexcept override {
+    doorbells.push_back(doorbell);
+    return true;
+  }
+  void remove(const machine::Doorbell& doorbell) noexcept override {
+    std::erase_if(doorbells, [&](const auto& known) {
+      return known.address == doorbell.address && known.match == doorbell.match && known.fd == doorbell.fd;
+    });
+  }
+  std::mutex mutex;
+  std::vector<std::pair<uint64_t, uint32_t>> messages;
+  std::vector<machine::Doorbell> doorbells;
 };
 
 class FakeBackend : public CharBackend {

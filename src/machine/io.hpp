@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace lodge::machine {
 
@@ -24,6 +25,31 @@ class Interrupt {
     set(true);
     set(false);
   }
+};
+
+// Where message-signalled interrupts go: a write of `data` to `address`. Any thread.
+class MsiTarget {
+ public:
+  virtual ~MsiTarget() = default;
+  virtual void signal(uint64_t address, uint32_t data) noexcept = 0;
+};
+
+// A guest's write that signals an eventfd instead of reaching a register window.
+struct Doorbell {
+  bool port;  // on the port bus, else on the memory bus
+  uint64_t address;
+  unsigned size;                  // 1, 2, 4; 0: a write of any size that starts at `address`
+  std::optional<uint64_t> match;  // only writes of this value
+  int fd;                         // not owned; open until remove()
+};
+// Any thread. What a doorbell covers must be registered on its bus as well: an accelerator may refuse it.
+class Doorbells {
+ public:
+  virtual ~Doorbells() = default;
+  // False when there is no room, or another one is there: the register window then sees the writes.
+  virtual bool add(const Doorbell& doorbell) noexcept = 0;
+  // What add() was given. No signal follows when it returns.
+  virtual void remove(const Doorbell& doorbell) noexcept = 0;
 };
 
 // What a chip may ask of the machine as a whole. Any thread; takes effect soon after, not inside the call.

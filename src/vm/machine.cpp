@@ -7,6 +7,7 @@
 #include <exception>
 
 #include "base/error.hpp"
+#include "device/pci/allocate.hpp"
 #include "machine/acpi/acpi.hpp"
 #include "machine/layout.hpp"
 #include "machine/smbios/smbios.hpp"
@@ -173,9 +174,14 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
       .power = power,
       .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
       .open_backend = [this](const std::string& specification, const std::string& option)
-          -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option); }};
+          -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option); },
+      .pci = *pci_,
+      .msi = platform_,
+      .doorbells = platform_,
+      .loop = loop_};
   for (const auto& device : config.devices)
     optional_.push_back(device::create_device(context, device.name, device.options));
+  device::pci::assign_resources(*pci_);
 }
 
 void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {

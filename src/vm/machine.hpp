@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/clock.hpp"
+#include "base/event_loop.hpp"
 #include "device/acpi_pm.hpp"
 #include "device/debug_ports.hpp"
 #include "device/hpet.hpp"
@@ -28,6 +29,7 @@
 #include "vm/config.hpp"
 #include "vm/cpuid.hpp"
 #include "vm/interrupts.hpp"
+#include "vm/platform.hpp"
 
 namespace lodge::vm {
 
@@ -72,6 +74,8 @@ class Machine {
   Backends& backends_;
   std::unique_ptr<kvm::Vm> vm_;
   machine::GuestMemory memory_;
+  Platform platform_{*vm_};
+  EventLoop loop_{"lodge-io"};  // of queues and back ends
   machine::Bus ports_{"port", 0x10000};
   machine::Bus mmio_{"memory", uint64_t{1} << 52};
   std::vector<std::unique_ptr<InterruptInput>> inputs_;

@@ -79,10 +79,7 @@ void Function::attach(machine::Bus& ports, machine::Bus& memory, machine::Interr
 
 void Function::detach() noexcept {
   std::lock_guard map_lock(map_mutex_);
-  for (auto& bar : bars_) {
-    if (bar && bar->mapped) bus_of(*bar).remove(*bar->mapped);
-    if (bar) bar->mapped.reset();
-  }
+  for (unsigned i = 0; i < bars_.size(); i++) unmap(i);
   std::lock_guard lock(mutex_);
   if (pin_) pin_->set(false);
   ports_ = memory_ = nullptr;
@@ -118,25 +115,75 @@ void Function::update_mappings() noexcept {
     for (unsigned i = 0; i < bars_.size(); i++)
       if (bars_[i]) wanted[i] = wanted_address(i);
   }
+  for (unsigned i = 0; i < bars_.size(); i++)
+    if (bars_[i] && bars_[i]->mapped != wanted[i]) unmap(i);
   for (unsigned i = 0; i < bars_.size(); i++) {
     auto& bar = bars_[i];
-    if (!bar || !bar->mapped || bar->mapped == wanted[i]) continue;
-    bus_of(*bar).remove(*bar->mapped);
-    bar->mapped.reset();
-  }
-  for (unsigned i = 0; i < bars_.size(); i++) {
-    auto& bar = bars_[i];
-    if (bar && wanted[i] && !bar->mapped && bus_of(*bar).try_add(*wanted[i], bar->size, *bar->window, name_))
+    if (bar && wanted[i] && !bar->mapped &&
+        bus_of(*bar).try_add(*wanted[i], bar->size, *bar->window, name_)) {
       bar->mapped = wanted[i];
+      bar_mapped(i, *wanted[i]);
+    }
   }
+}
+
+// With map_mutex_ held.
+void Function::unmap(unsigned index) noexcept {
+  auto& bar = bars_[index];
+  if (!bar || !bar->mapped) return;
+  bar_unmapped(index, *bar->mapped);
+  bus_of(*bar).remove(*bar->mapped);
+  bar->mapped.reset();
+}
+
+// --- What firmware sets up
+// -----------------------------------------------------------------------------------
+
+std::vector<Function::BarNeed> Function::bar_needs() const {
+  std::vector<BarNeed> needs;
+  for (unsigned i = 0; i < bars_.size(); i++)
+    if (bars_[i]) needs.push_back({i, bars_[i]->kind, bars_[i]->size});
+  return needs;
+}
+
+// A value that reset() returns to as well: there is no firmware that would run again.
+void Function::set_initial(unsigned offset, unsigned size, uint32_t value) noexcept {
+  config_write(offset, size, value);
+  std::lock_guard lock(mutex_);
+  for (unsigned i = offset; i < offset + size && i < initial_.size(); i++)
+    initial_[i] = static_cast<uint8_t>(config_.get(i, 1));
+}
+
+void Function::assign_bar(unsigned index, uint64_t address) noexcept {
+  set_initial(bar_offset(index), 4, static_cast<uint32_t>(address));
+  if (is_64(bars_[index]->kind)) set_initial(bar_offset(index + 1), 4, static_cast<uint32_t>(address >> 32));
+}
+
+void Function::assign_interrupt_line(uint8_t line) noexcept {
+  set_initial(INTERRUPT_LINE, 1, line);
+}
+
+void Function::enable_decoding() noexcept {
+  set_initial(COMMAND, 2, config_read(COMMAND, 2) | COMMAND_IO | COMMAND_MEMORY);
 }
 
 // --- Configuration accesses and the pin
 // ----------------------------------------------------------------------
 
 uint32_t Function::config_read(unsigned offset, unsigned size) noexcept {
+  config_reading(offset, size);
   std::lock_guard lock(mutex_);
   return config_.read(offset, size);
+}
+
+uint32_t Function::config_value(unsigned offset, unsigned size) const noexcept {
+  std::lock_guard lock(mutex_);
+  return config_.get(offset, size);
+}
+
+void Function::set_config_value(unsigned offset, unsigned size, uint32_t value) noexcept {
+  std::lock_guard lock(mutex_);
+  config_.set(offset, size, value);
 }
 
 void Function::config_write(unsigned offset, unsigned size, uint32_t value) noexcept {

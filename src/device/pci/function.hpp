@@ -57,6 +57,19 @@ class Function : public Savable {
   void detach() noexcept;
   // 0: none, 1 to 4: INTA to INTD.
   unsigned interrupt_pin() const noexcept;
+  // The BARs in the order of their indexes.
+  struct BarNeed {
+    unsigned index;
+    BarKind kind;
+    uint64_t size;
+  };
+  std::vector<BarNeed> bar_needs() const;
+  // Set-up, as firmware does it: puts a BAR at `address`, also after every reset(), and writes the interrupt
+  // line.
+  void assign_bar(unsigned index, uint64_t address) noexcept;
+  void assign_interrupt_line(uint8_t line) noexcept;
+  // Set-up: lets the function decode its BARs.
+  void enable_decoding() noexcept;
   // Marks the header of a slot that has more than function 0.
   void set_multifunction() noexcept;
 
@@ -84,6 +97,15 @@ class Function : public Savable {
   // After the guest has written [offset, offset + size), without any lock held: what a derived class does
   // about its own registers and capabilities (MSI-X enable, ...).
   virtual void config_written(unsigned /*offset*/, unsigned /*size*/) noexcept {}
+  // Before the guest reads [offset, offset + size), without any lock held: for registers that are computed.
+  virtual void config_reading(unsigned /*offset*/, unsigned /*size*/) noexcept {}
+  // A BAR's window has appeared on its bus at `address`, or is about to leave it. The bus mappings are
+  // locked: no configuration write from here. A class that overrides them calls detach() in its destructor.
+  virtual void bar_mapped(unsigned /*index*/, uint64_t /*address*/) noexcept {}
+  virtual void bar_unmapped(unsigned /*index*/, uint64_t /*address*/) noexcept {}
+  // Bytes of the configuration space as they are, without masks and without the calls above.
+  uint32_t config_value(unsigned offset, unsigned size) const noexcept;
+  void set_config_value(unsigned offset, unsigned size, uint32_t value) noexcept;
   bool bus_master() noexcept { return config_read(COMMAND, 2) & COMMAND_BUS_MASTER; }
 
  private:
@@ -96,6 +118,8 @@ class Function : public Savable {
   machine::Bus& bus_of(const Bar& bar) const noexcept;
   std::optional<uint64_t> wanted_address(unsigned index) const noexcept;
   void update_mappings() noexcept;
+  void unmap(unsigned index) noexcept;
+  void set_initial(unsigned offset, unsigned size, uint32_t value) noexcept;
   void update_pin() noexcept;
 
   std::string name_;

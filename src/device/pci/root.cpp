@@ -66,6 +66,11 @@ unsigned Root::free_slot() const {
   usage_error("all {} PCI slots are taken; remove a --device", slots);
 }
 
+void Root::for_each(const std::function<void(unsigned, unsigned, Function&)>& visit) {
+  for (unsigned i = 0; i < table_.size(); i++)
+    if (table_[i]) visit(i / functions, i % functions, *table_[i]);
+}
+
 Function* Root::find(uint32_t address) const noexcept {
   return (address >> 16 & 0xff) == 0 ? table_[address >> 8 & 0xff] : nullptr;
 }

@@ -52,6 +52,9 @@ class Root final : public Savable {
   // The first slot from 1 on without a function. Throws UsageError when the bus is full.
   unsigned free_slot() const;
 
+  // Every function that is plugged in, by slot and function. Set-up.
+  void for_each(const std::function<void(unsigned slot, unsigned function, Function& device)>& visit);
+
   // Resets CONFIG_ADDRESS and every function.
   void reset() noexcept;
 

@@ -1,0 +1,68 @@
+// The VirtIO devices under a hostile driver: the input chooses what it does to rings, registers and buffers
+// (device/virtio/testing.hpp). Afterwards saved state must load as the same again, and a driver that follows
+// the rules must find a device that works.
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <span>
+
+#include "device/virtio/entropy.hpp"
+#include "device/virtio/testing.hpp"
+
+namespace {
+
+using namespace lodge;
+namespace virtio = device::virtio;
+
+class Input {
+ public:
+  explicit Input(std::span<const uint8_t> data) : data_(data) {}
+  bool empty() const { return data_.empty(); }
+  uint32_t below(uint32_t limit) {
+    uint32_t value = 0;
+    for (uint32_t reach = 1; reach < limit && reach != 0; reach <<= 8) value = value << 8 | byte();
+    return value % limit;
+  }
+  uint8_t byte() {
+    if (data_.empty()) return 0;
+    const uint8_t value = data_.front();
+    data_ = data_.subspan(1);
+    return value;
+  }
+
+ private:
+  std::span<const uint8_t> data_;
+};
+
+using Make = std::unique_ptr<virtio::Device> (*)(machine::GuestMemory&);
+
+constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      return std::make_unique<virtio::Entropy>(memory, virtio::RingFeatures{}, [](std::span<uint8_t>) {});
+    },
+};
+
+void check_state(virtio::Device& device, virtio::Device& twin) {
+  nlohmann::json first, second;
+  device.save(first);
+  twin.load(first);
+  twin.save(second);
+  if (first != second) std::abort();
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static machine::GuestMemory memory(2 * machine::layout::MiB);
+  Input input({data, size});
+  const Make make = makers[input.byte() % std::size(makers)];
+  const auto device = make(memory), twin = make(memory);
+  virtio::testing::FakeDriver driver(*device, memory);
+  virtio::testing::attack(*device, memory, static_cast<unsigned>(std::min<size_t>(size / 4, 300)),
+                          [&](uint32_t below) { return input.below(below); });
+  check_state(*device, *twin);
+  if (!driver.start(virtio::F_RING_PACKED) || driver.needs_reset()) std::abort();
+  check_state(*device, *twin);
+  return 0;
+}

@@ -1,0 +1,42 @@
+#include "device/virtio/mount.hpp"
+
+#include "device/pci/root.hpp"
+#include "device/virtio/pci.hpp"
+
+namespace lodge::device::virtio {
+
+namespace {
+
+class MountedPci final : public MountedDevice {
+ public:
+  MountedPci(const DeviceContext& context, unsigned slot, std::unique_ptr<Device> device, bool transitional)
+      : root_(context.pci),
+        slot_(slot),
+        transport_(std::move(device), {context.msi, context.doorbells}, transitional) {
+    transport_.device().attach_loop(context.loop);
+    root_.add(slot_, 0, transport_);
+  }
+  ~MountedPci() override { root_.remove(slot_, 0); }
+  Savable* savable() noexcept override { return &transport_; }
+
+ private:
+  pci::Root& root_;
+  unsigned slot_;
+  PciTransport transport_;
+};
+
+}  // namespace
+
+RingFeatures ring_features(const DeviceOptions& options) {
+  return {.packed = options.flag("packed")};
+}
+
+std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
+                                     std::unique_ptr<Device> device) {
+  const bool automatic = options.text("slot") == "auto";
+  const unsigned slot =
+      automatic ? context.pci.free_slot() : static_cast<unsigned>(options.number("slot", 1, 0x1e));
+  return std::make_unique<MountedPci>(context, slot, std::move(device), options.flag("legacy"));
+}
+
+}  // namespace lodge::device::virtio

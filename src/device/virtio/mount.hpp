@@ -1,0 +1,37 @@
+// Puts a VirtIO device into the machine: the options that all of them have, and the transport.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <memory>
+
+#include "device/table.hpp"
+#include "device/virtio/device.hpp"
+
+namespace lodge::device::virtio {
+
+// The options that follow a device's own: where it sits, and what an old or odd driver needs to be kept from.
+inline constexpr std::array common_options{
+    OptionSchema{"slot", "addr", "auto", "PCI slot, 1 to 0x1e"},
+    OptionSchema{"legacy", "", "on", "also drivers older than VirtIO 1.0: on or off"},
+    OptionSchema{"packed", "", "on", "offer packed queues: on or off"},
+};
+
+template <class... Own>
+constexpr auto options_with_common(Own... own) {
+  std::array<OptionSchema, sizeof...(own) + common_options.size()> all{own...};
+  std::copy(common_options.begin(), common_options.end(), all.begin() + sizeof...(own));
+  return all;
+}
+
+RingFeatures ring_features(const DeviceOptions& options);
+
+// `device` in a PCI function of its own, its queues served by the machine's loop. Throws UsageError when the
+// slot is taken.
+std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
+                                     std::unique_ptr<Device> device);
+
+// The rows of this folder.
+std::span<const DeviceDescriptor> rows() noexcept;
+
+}  // namespace lodge::device::virtio
