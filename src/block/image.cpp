@@ -1,13 +1,8 @@
 #include "block/image.hpp"
 
-#include <array>
 #include <cerrno>
 #include <condition_variable>
 #include <mutex>
-
-#include "base/error.hpp"
-#include "block/probe.hpp"
-#include "block/raw.hpp"
 
 namespace lodge::block {
 namespace {
@@ -29,19 +24,6 @@ int wait_for(Request request) noexcept {
 }
 
 }  // namespace
-
-std::unique_ptr<Image> open_image(const std::string& path, const OpenOptions& options) {
-  if (!options.format.empty() && options.format != "raw" && options.format != "qcow2")
-    usage_error("{}: unknown image format '{}'; there are raw and qcow2", path, options.format);
-  auto storage = std::make_unique<FileStorage>(path, options.read_only ? Use::read : Use::write, options.lock,
-                                               make_engine(options.engine));
-  std::array<uint8_t, magic_size> start{};
-  if (const int error = storage->read(start.data(), start.size(), 0)) throw_errno(error, path);
-  const bool formatted = looks_formatted(start);
-  if (options.format == "qcow2" || (options.format.empty() && formatted))
-    usage_error("{}: qcow2 images are not supported yet", path);
-  return std::make_unique<RawImage>(std::move(storage), options.format.empty());
-}
 
 int read(Image& image, void* data, size_t size, uint64_t offset) noexcept {
   const iovec buffer{data, size};

@@ -75,6 +75,10 @@ struct OpenOptions {
       false;  // neither the file nor the disk changes; others may read the image at the same time
   Engine engine = Engine::automatic;
   bool lock = true;  // refuse an image that another process uses in a way that does not go together with ours
+  // qcow2's external data file. Empty: the one that the image names, if that is in the image's directory: an
+  // image must not choose which of the host's files a guest may write.
+  std::string data_file;
+  bool backing = true;  // false: without its backing file, whose contents then read as zeros
 };
 
 // Opens an image. Throws UsageError with one line that names the file, what is wrong and the remedy; in

@@ -34,6 +34,7 @@ class Storage {
   virtual uint64_t size() const noexcept = 0;       // bytes, as it is now
   virtual uint64_t allocated() const noexcept = 0;  // bytes that it takes on its file system
   virtual bool writable() const noexcept = 0;
+  virtual void close() noexcept = 0;  // ends the lock; nothing may be asked of it afterwards
   virtual const std::string& path() const noexcept = 0;  // for messages, and what relative names start from
 };
 
@@ -56,6 +57,7 @@ class FileStorage final : public Storage {
   uint64_t size() const noexcept override;
   uint64_t allocated() const noexcept override;
   bool writable() const noexcept override { return use_ == Use::write; }
+  void close() noexcept override { fd_.reset(); }
   const std::string& path() const noexcept override { return path_; }
   int fd() const noexcept { return fd_.get(); }
   std::string_view engine() const noexcept { return engine_->name(); }

@@ -1,0 +1,133 @@
+// Opening images: which format, and the files that an image names.
+#include <sys/stat.h>
+
+#include <array>
+#include <filesystem>
+#include <set>
+
+#include "base/error.hpp"
+#include "block/chain.hpp"
+#include "block/probe.hpp"
+#include "block/qcow2/check.hpp"
+#include "block/qcow2/image.hpp"
+#include "block/raw.hpp"
+
+namespace lodge::block {
+namespace {
+
+// Long chains are slow and are mistakes; a loop is one that never ends.
+constexpr size_t maximum_depth = 64;
+
+class Opener {
+ public:
+  explicit Opener(const OpenOptions& options) : options_(options), engine_(make_engine(options.engine)) {}
+
+  std::unique_ptr<Image> open(const std::string& path, const std::string& format, bool read_only) {
+    if (!format.empty() && format != "raw" && format != "qcow2")
+      usage_error("{}: unknown image format '{}'; there are raw and qcow2", path, format);
+    auto storage =
+        std::make_unique<FileStorage>(path, read_only ? Use::read : Use::write, options_.lock, engine_);
+    remember(path);
+    return open(std::move(storage), format, read_only);
+  }
+
+  std::unique_ptr<Image> open(std::unique_ptr<Storage> storage, const std::string& format, bool read_only) {
+    std::array<uint8_t, magic_size> start{};
+    if (const int error = storage->read(start.data(), start.size(), 0)) throw_errno(error, storage->path());
+    if (format == "qcow2" || (format.empty() && looks_formatted(start)))
+      return open_qcow2(std::move(storage), read_only);
+    return std::make_unique<RawImage>(std::move(storage), format.empty());
+  }
+
+ private:
+  void remember(const std::string& path) {
+    struct stat status {};
+    if (::stat(path.c_str(), &status) != 0) return;
+    if (!seen_.insert({status.st_dev, status.st_ino}).second)
+      usage_error("{}: is its own backing file, directly or through others; 'lodge image rebase' mends that",
+                  path);
+    if (seen_.size() > maximum_depth)
+      usage_error("{}: is behind more than {} backing files; shorten the chain with 'lodge image convert'",
+                  path, maximum_depth);
+  }
+
+  std::unique_ptr<Image> open_qcow2(std::unique_ptr<Storage> storage, bool read_only) {
+    qcow2::Qcow2Image::Parts parts;
+    parts.header = qcow2::read_header(*storage);
+    if (!read_only) parts.header = make_writable(*storage, std::move(parts.header));
+    if (parts.header.external_data()) parts.data = data_file(*storage, parts.header, read_only);
+    if (parts.header.backing_file && options_.backing) {
+      const std::string path = backing_path(storage->path(), *parts.header.backing_file);
+      try {
+        parts.backing = open(path, parts.header.backing_format, true);
+      } catch (const UsageError& error) {
+        usage_error("{} (the backing file of {})", error.what(), storage->path());
+      }
+    }
+    parts.storage = std::move(storage);
+    return std::make_unique<qcow2::Qcow2Image>(std::move(parts), read_only);
+  }
+
+  // Refuses, or repairs, what must not be written as it is.
+  static qcow2::Header make_writable(Storage& storage, qcow2::Header header) {
+    if (header.has(qcow2::feature_corrupt)) {
+      usage_error(
+          "{}: is marked as corrupt; 'lodge image check --repair all' tries to mend it, or open it "
+          "read-only",
+          storage.path());
+    }
+    if (!header.has(qcow2::feature_dirty)) return header;
+    // Whoever wrote it last did not close it: its counts have to be counted.
+    const auto result = qcow2::check(storage, qcow2::Repair::all);
+    if (result.left() != 0)
+      usage_error("{}: was not closed properly and cannot be repaired; see 'lodge image check'",
+                  storage.path());
+    return qcow2::read_header(storage);
+  }
+
+  std::unique_ptr<Storage> data_file(const Storage& storage, const qcow2::Header& header, bool read_only) {
+    std::string path = options_.data_file;
+    if (path.empty()) {
+      const std::filesystem::path name(header.data_file);
+      if (header.data_file.empty())
+        usage_error("{}: has an external data file but does not name it", storage.path());
+      path = backing_path(storage.path(), header.data_file);
+      const auto same = [](const std::filesystem::path& a, const std::filesystem::path& b) {
+        std::error_code error;
+        return std::filesystem::equivalent(a.parent_path().empty() ? "." : a.parent_path(),
+                                           b.parent_path().empty() ? "." : b.parent_path(), error);
+      };
+      std::error_code error;
+      if (!same(path, storage.path()) || std::filesystem::is_symlink(path, error))
+        usage_error(
+            "{}: names the data file '{}', which is not in its own directory; images may not choose "
+            "other files to write",
+            storage.path(), header.data_file);
+    }
+    remember(path);
+    return std::make_unique<FileStorage>(path, read_only ? Use::read : Use::write, options_.lock, engine_);
+  }
+
+  const OpenOptions& options_;
+  std::shared_ptr<TransferEngine> engine_;
+  std::set<std::pair<dev_t, ino_t>> seen_;
+};
+
+}  // namespace
+
+std::string backing_path(const std::string& image, const std::string& name) {
+  std::string path = name.starts_with("file:") ? name.substr(5) : name;
+  if (path.starts_with("json:") || path.find("://") != std::string::npos)
+    usage_error("{}: its backing file '{}' is not a file, and Lodge reads only files", image, name);
+  return std::filesystem::path(image).parent_path() / path;
+}
+
+std::unique_ptr<Image> open_image(const std::string& path, const OpenOptions& options) {
+  return Opener(options).open(path, options.format, options.read_only);
+}
+
+std::unique_ptr<Image> open_storage(std::unique_ptr<Storage> storage, const OpenOptions& options) {
+  return Opener(options).open(std::move(storage), options.format, options.read_only);
+}
+
+}  // namespace lodge::block
