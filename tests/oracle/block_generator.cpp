@@ -452,6 +452,14 @@ void BlockGenerator::emit_pointer(Block& block) {
   role_[reg] = Role::pointer;
 }
 
+// What a POPF of user code may be made to change, the bits that it ignores included. No TF, whose trap comes
+// behind one more instruction; DF seldom, because pointers then run out of the window.
+unsigned BlockGenerator::changeable_flags(const Block& block) {
+  constexpr unsigned ignored = 0x1b'3202;  // VIP, VIF, VM, RF, IOPL, IF, the fixed one
+  return arithmetic_flags | 0x20'4000 | ignored | (g_.chance(10) ? 0x400 : 0) |
+         (block.integer_only && g_.chance(20) ? 0x4'0000 : 0);
+}
+
 // Pushes and pops, and adjustments of RSP in all the forms that compilers and others use.
 void BlockGenerator::emit_stack(Block& block) {
   if (role_[sp] != Role::pointer) return emit_pointer(block);
@@ -481,8 +489,12 @@ void BlockGenerator::emit_stack(Block& block) {
       bits32_ ? add(block, {0x8d, 0x64, 0x24, small}) : add(block, {rex, 0x8d, 0x64, 0x24, small});
       return;
     default:
-      if (g_.chance(40)) {  // pushf; popf
+      if (g_.chance(40)) {  // pushf; [xor dword [rsp], some;] popf
         add(block, {0x9c});
+        if (g_.chance(60)) {
+          const auto flags = static_cast<unsigned>(g_.random()) & changeable_flags(block);
+          add(block, {0x81, 0x34, 0x24, flags & 0xff, flags >> 8 & 0xff, flags >> 16 & 0xff, flags >> 24});
+        }
         add(block, {0x9d});
       } else if (role_[5] == Role::pointer) {
         add(block, {0xc9});
@@ -494,6 +506,16 @@ void BlockGenerator::emit_stack(Block& block) {
   }
 }
 
+// LOOPNE, LOOPE, LOOP or JRCXZ (`kind` 0 to 3), also with the other address size; without a distance to
+// itself. A count of 64 bits and of 16 is not the one that a MOV to ECX has set.
+void BlockGenerator::add_counted(Block& block, unsigned kind, std::optional<unsigned> distance) {
+  role_[1] = Role::data;
+  if ((distance || !bits32_) && g_.chance(20))
+    add(block, {0x67, 0xe0 | kind, distance.value_or(0xfd)});
+  else
+    add(block, {0xe0 | kind, distance.value_or(0xfe)});
+}
+
 // Jumps over what follows, calls with their return, and loops that are counted in memory.
 void BlockGenerator::emit_flow(Block& block) {
   const auto forward = [&](unsigned width) {
@@ -501,7 +523,7 @@ void BlockGenerator::emit_flow(Block& block) {
         {.displacement = block.program.length - width, .parts_left = 1 + static_cast<unsigned>(g_.below(5))});
   };
   const auto condition = static_cast<unsigned>(g_.below(16));
-  switch (g_.below(8)) {
+  switch (g_.below(10)) {
     case 0:
     case 1:
       if (add(block, {0x0f, 0x80 | condition, 0, 0, 0, 0})) forward(4);
@@ -551,13 +573,26 @@ void BlockGenerator::emit_flow(Block& block) {
       role_[reg] = Role::data;
       return;
     }
+    case 6:  // [mov ecx, few;] LOOP, LOOPE, LOOPNE or JRCXZ over a jump
+      if (g_.chance(60)) add(block, {0xb9, static_cast<unsigned>(g_.below(3)), 0, 0, 0});
+      add_counted(block, static_cast<unsigned>(g_.below(4)), 5);
+      if (add(block, {0xe9, 0, 0, 0, 0})) forward(4);
+      return;
+    case 7:  // mov ecx, few; a LOOP to itself
+      if (!add(block, {0xb9, 1 + static_cast<unsigned>(g_.below(5)), 0, 0, 0})) return;
+      add_counted(block, static_cast<unsigned>(g_.below(3)), std::nullopt);
+      return;
     default: {  // sub dword [counter], 1; jg back: a loop that is entered again runs once
       if (block.parts.empty() || counters_ > 2) return;
       const auto counter = static_cast<uint32_t>(counter_base + 64 * counters_++);
       const std::array<unsigned, 4> c = {counter & 0xff, counter >> 8 & 0xff, counter >> 16 & 0xff,
                                          counter >> 24};
-      const auto back =
-          block.parts[block.parts.size() - 1 - g_.below(std::min<size_t>(block.parts.size(), 12))].offset;
+      const Block::Part& target =
+          block.parts[block.parts.size() - 1 - g_.below(std::min<size_t>(block.parts.size(), 12))];
+      const auto& counted = target.decoded.insn;
+      if (counted.raw.imm[0].value.s == -int64_t{counted.length} && counted.raw.imm[0].is_relative != 0)
+        return;  // a LOOP to itself, whose count has been used up
+      const auto back = target.offset;
       const bool added = bits32_ ? add(block, {0x83, 0x2d, c[0], c[1], c[2], c[3], 1})
                                  : add(block, {0x83, 0x2c, 0x25, c[0], c[1], c[2], c[3], 1});
       if (!added) return;

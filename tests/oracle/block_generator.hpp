@@ -54,6 +54,8 @@ class BlockGenerator {
   void emit_from_pool(Block& block);
   void emit_stack(Block& block);
   void emit_flow(Block& block);
+  void add_counted(Block& block, unsigned kind, std::optional<unsigned> distance);
+  unsigned changeable_flags(const Block& block);
   void emit_pointer(Block& block);
   void emit_patch(Block& block);
   bool retarget(const Encoding& from, Encoding& to, unsigned at);

@@ -75,10 +75,9 @@ Step sti(Cpu& cpu, const Op& op) noexcept {
   switch (interrupt_flag(cpu)) {
     case Access::real:
       // The shadow only follows a change, or a loop of STI would never be interrupted.
-      if ((cpu.system_flags & flag::if_) == 0) {
-        cpu.interrupt_shadow = true;
-        cpu.shadow_is_mov_ss = false;
-      }
+      if ((cpu.system_flags & flag::if_) != 0) return Step::next;
+      cpu.interrupt_shadow = true;
+      cpu.shadow_is_mov_ss = false;
       cpu.system_flags |= flag::if_;
       return end_block(cpu, op);
     case Access::virtualized:

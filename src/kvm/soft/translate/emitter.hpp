@@ -124,9 +124,16 @@ class Emitter {
     }
   }
 
-  // reg <- [r10 + disp] and back, 8 bytes of it or 4.
-  void load_at_scratch(unsigned reg, int64_t disp, bool wide) noexcept { at_scratch(0x8b, reg, disp, wide); }
-  void store_at_scratch(int64_t disp, unsigned reg, bool wide) noexcept { at_scratch(0x89, reg, disp, wide); }
+  // reg <- [r10 + disp] and back, `size` bytes: 1, 2, 4 or 8.
+  void load_at_scratch(unsigned reg, int64_t disp, int size) noexcept { at_scratch(0x8b, reg, disp, size); }
+  void store_at_scratch(int64_t disp, unsigned reg, int size) noexcept { at_scratch(0x89, reg, disp, size); }
+  // reg, [r10 + disp]; `opcode` is that of more than a byte.
+  void at_scratch(unsigned opcode, unsigned reg, int64_t disp, int size) noexcept {
+    if (size == 2) u8(0x66);
+    u8((size == 8 ? 0x49u : 0x41u) | (reg >> 3 & 1) << 2);
+    u8(size == 1 ? opcode - 1 : opcode);
+    scratch_operand(reg, scratch0, disp, false);
+  }
 
   // Jumps with a 32-bit displacement; return the place of the displacement.
   uint8_t* jump() noexcept { return u8(0xe9), displacement(); }
@@ -141,7 +148,23 @@ class Emitter {
     std::memcpy(displacement, &relative, 4);
   }
 
-  // jne, when the 32-bit word of the state is not zero. Destroys flags.
+  // jrcxz, or jecxz; returns the place of the 8-bit displacement.
+  uint8_t* jump_if_rcx_is_zero(bool wide) noexcept {
+    if (!wide) u8(0x67);
+    u8(0xe3), u8(0);
+    return at_ - 1;
+  }
+  static void patch_short(uint8_t* displacement, const void* target) noexcept {
+    *displacement = static_cast<uint8_t>(static_cast<const uint8_t*>(target) - (displacement + 1));
+  }
+
+  // jne, when some of these bits of a 32-bit word of the state are set. Destroys flags.
+  uint8_t* jump_if_any(int64_t word, uint64_t bits) noexcept {
+    state(0xf7, 0, word, false);  // test dword [word], bits
+    u32(bits);
+    return jump_if(5);
+  }
+  // The same for any bit of it.
   uint8_t* jump_if_set(int64_t word) noexcept {
     state(0x83, 7, word, false);  // cmp dword [word], 0
     u8(0);
@@ -179,11 +202,6 @@ class Emitter {
   }
 
  private:
-  void at_scratch(unsigned opcode, unsigned reg, int64_t disp, bool wide) noexcept {
-    u8((wide ? 0x49u : 0x41u) | (reg >> 3 & 1) << 2);
-    u8(opcode);
-    scratch_operand(reg, scratch0, disp, false);
-  }
   void opcode_bytes(unsigned opcode) noexcept {
     if (opcode > 0xff) u8(opcode >> 8);
     u8(opcode);

@@ -257,8 +257,9 @@ TEST_F(Analysis, KnowsWhatKindAnInstructionIs) {
       {{0xeb, 0}, Kind::jump},
       {{0xff, 0xe0}, Kind::jump_indirect},
       {{0x75, 0}, Kind::branch},
-      {{0xe2, 0}, Kind::complex},  // loop
-      {{0xe3, 0}, Kind::complex},  // jrcxz
+      {{0xe2, 0}, Kind::loop},
+      {{0xe3, 0}, Kind::loop},        // jrcxz
+      {{0x67, 0xe1, 0}, Kind::loop},  // loope, by ECX
       {{0x48, 0x8b, 0x06}, Kind::memory},
       {{0x8a, 0x26}, Kind::complex},               // mov ah, [rsi]: no REX beside AH
       {{0x48, 0x0f, 0xa3, 0x06}, Kind::bit_test},  // bt [rsi], rax reaches beyond
@@ -271,7 +272,13 @@ TEST_F(Analysis, KnowsWhatKindAnInstructionIs) {
       {{0xf3, 0xa4}, Kind::complex},  // rep movsb
       {{0x0f, 0xa2}, Kind::complex},  // cpuid
       {{0xf4}, Kind::complex},        // hlt
-      {{0xf3, 0x90}, Kind::complex},  // pause
+      {{0xf3, 0x90}, Kind::pause},
+      {{0xf3, 0x41, 0x90}, Kind::complex},  // xchg r8d, eax
+      {{0x9c}, Kind::push_flags},
+      {{0x66, 0x9c}, Kind::complex},  // pushf of 16 bits
+      {{0x9d}, Kind::pop_flags},
+      {{0x66, 0x9d}, Kind::complex},  // popf of 16 bits
+      {{0xfd}, Kind::set_df},
       {{0x0f, 0x0b}, Kind::complex},  // ud2
   };
   for (const auto& [bytes, kind] : rows) {

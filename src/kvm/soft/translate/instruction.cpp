@@ -333,7 +333,8 @@ Kind stack_kind(const Cpu& cpu, Instruction& i) noexcept {
                      (wide || gpr_number(o.reg.value) != rsp)
                  ? Kind::pop
                  : Kind::complex;
-    default: return Kind::leave;
+    case ZYDIS_MNEMONIC_LEAVE: return Kind::leave;
+    default: return i.op->complex == system::pushf ? Kind::push_flags : Kind::pop_flags;
   }
 }
 
@@ -353,11 +354,10 @@ Kind branch_kind(const Cpu& cpu, Instruction& i) noexcept {
     case ZYDIS_MNEMONIC_RET: return Kind::ret;
     default: break;
   }
-  // Jcc, but not JRCXZ and LOOP.
-  const bool condition = insn.meta.category == ZYDIS_CATEGORY_COND_BR &&
-                         (insn.opcode_map == ZYDIS_OPCODE_MAP_0F ||
-                          (insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && insn.opcode < 0x80));
-  return condition ? Kind::branch : Kind::complex;
+  if (insn.meta.category != ZYDIS_CATEGORY_COND_BR) return Kind::complex;
+  if (insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && insn.opcode >= 0xe0)
+    return i.op->address_size >= 4 ? Kind::loop : Kind::complex;  // of RCX or ECX
+  return Kind::branch;
 }
 
 // System instructions that need no more than their own few host instructions.
@@ -367,6 +367,11 @@ Kind system_kind(const Cpu& cpu, const Instruction& i) noexcept {
     case ZYDIS_MNEMONIC_SWAPGS: return kernel ? Kind::swap_gs : Kind::complex;
     case ZYDIS_MNEMONIC_CLI: return kernel ? Kind::clear_if : Kind::complex;
     case ZYDIS_MNEMONIC_STI: return kernel ? Kind::set_if : Kind::complex;
+    case ZYDIS_MNEMONIC_CLD:
+    case ZYDIS_MNEMONIC_STD: return Kind::set_df;
+    // Zydis 4.0 takes F3 REX.B 90 for PAUSE, too.
+    case ZYDIS_MNEMONIC_PAUSE: return i.op->complex == system::pause ? Kind::pause : Kind::complex;
+    case ZYDIS_MNEMONIC_SERIALIZE: return Kind::serialize;
     case ZYDIS_MNEMONIC_RDTSC:
     case ZYDIS_MNEMONIC_RDTSCP:
       return (cpu.decode_key & key::tsc_direct) != 0 ? Kind::read_tsc : Kind::complex;
@@ -390,7 +395,13 @@ Kind choose(const Cpu& cpu, Instruction& i) noexcept {
   switch (i.insn.mnemonic) {
     case ZYDIS_MNEMONIC_PUSH:
     case ZYDIS_MNEMONIC_POP:
-    case ZYDIS_MNEMONIC_LEAVE: return stack_kind(cpu, i);
+    case ZYDIS_MNEMONIC_LEAVE:
+    case ZYDIS_MNEMONIC_PUSHF:
+    case ZYDIS_MNEMONIC_PUSHFD:
+    case ZYDIS_MNEMONIC_PUSHFQ:
+    case ZYDIS_MNEMONIC_POPF:
+    case ZYDIS_MNEMONIC_POPFD:
+    case ZYDIS_MNEMONIC_POPFQ: return stack_kind(cpu, i);
     default: break;
   }
   const Kind system = system_kind(cpu, i);
@@ -463,15 +474,19 @@ void analyse(const Cpu& cpu, const ZydisDecoder& decoder, const uint8_t* bytes, 
   // Two scratch registers stand in for operands; beside an address only one is left.
   const unsigned homeless = count_homeless(out.operand_registers);
   const bool crowded = out.kind == Kind::memory ? homeless > 1 : homeless > 2;
-  // Zydis 4.0 takes F3 REX.B 90 for PAUSE and some SIB forms for others: those the decoder mends by hand.
   const bool unnameable = homeless > 0 && names_high_byte(out);
   const bool copied = out.kind == Kind::copy || out.kind == Kind::memory;
   const bool foreign = copied && cpu.mode() != Mode::bits64 && !same_in_64_bit_code(cpu, out);
-  if (crowded || unnameable || foreign || out.insn.mnemonic == ZYDIS_MNEMONIC_PAUSE) out.kind = Kind::complex;
+  if (crowded || unnameable || foreign) out.kind = Kind::complex;
   if (out.kind == Kind::nothing) out.reads = out.writes = out.replaces = no_flags;
   if (out.kind == Kind::swap_gs || out.kind == Kind::read_segment || out.kind == Kind::clear_if ||
       out.kind == Kind::set_if)
     out.writes = out.replaces = no_flags;
+  if (out.kind == Kind::push_flags) out.reads = all_flags;
+  if (out.kind == Kind::pop_flags) {  // they are stored
+    out.reads = out.writes = no_flags;
+    out.replaces = all_flags;
+  }
   if (out.kind == Kind::set_if) out.reads = all_flags;  // the interpreter may have to do it
   if (out.kind == Kind::complex) {
     out.reads = all_flags;  // it may fault, and may look at all of them

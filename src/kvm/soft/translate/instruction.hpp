@@ -25,13 +25,19 @@ enum class Kind : uint8_t {
   jump,           // near, relative
   jump_indirect,  // near, through a register or memory
   branch,         // Jcc, relative
+  loop,           // LOOP, LOOPE, LOOPNE and JRCXZ
   bit_test,       // BT of memory, with the offset in a register
   swap_gs,        // SWAPGS at CPL 0
   clear_if,       // CLI at CPL 0
   set_if,         // STI at CPL 0
   read_tsc,       // RDTSC and RDTSCP
   read_segment,   // MOV of a segment register to a general one
-  complex,        // one for the interpreter
+  push_flags,     // PUSHF
+  pop_flags,      // POPF
+  set_df,         // CLD and STD
+  pause,
+  serialize,
+  complex,  // one for the interpreter
 };
 
 // Arithmetic flags as a set: bits of RFLAGS.

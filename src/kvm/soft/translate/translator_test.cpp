@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <thread>
 
 #include "base/mapping.hpp"
 #include "kvm/soft/soft.hpp"
@@ -129,6 +130,68 @@ TEST_F(TranslatorGuest, ACallToANonCanonicalAddressPushesNothing) {
     std::memcpy(&untouched, ram_.data() + stack_top, 8);
     EXPECT_EQ(untouched, 0x1234u);
   }
+}
+
+// Also those that steer what is outside the block (IF, AC, IOPL), behind which it ends.
+TEST_F(TranslatorGuest, PopfAndPushfMoveAllFlagsOfTheKernel) {
+  // push rax; popfq; lea ebx, [rbx + 1]; pushfq; pop rcx; hlt
+  place(code, {0x50, 0x9d, 0x8d, 0x5b, 1, 0x9c, 0x59, 0xf4});
+  for (const uint64_t flags : {0UL, 0x200UL, 0x400UL, 0x800UL, 0xd5UL, 0x8d5UL, 0x3000UL, 0x4000UL,
+                               0x4'0000UL, 0x20'0000UL, 0x20'4ed5UL})
+    for (int i = 0; i < 3; ++i) {
+      const kvm_regs after = run({.rax = flags, .rsp = stack_top, .rip = code});
+      EXPECT_EQ(after.rcx, flags | 2) << std::hex << flags;
+      EXPECT_EQ(after.rflags, flags | 2) << std::hex << flags;
+      EXPECT_EQ(after.rbx, 1u) << std::hex << flags;
+      EXPECT_EQ(after.rsp, stack_top);
+    }
+  // VIP, VIF, VM and RF are not POPF's.
+  EXPECT_EQ(run({.rax = 0x1b'0002, .rsp = stack_top, .rip = code}).rcx, 2u);
+  // With TF the next instruction is the last before the trap.
+  const kvm_regs trapped = run({.rax = 0x100, .rsp = stack_top, .rip = code});
+  EXPECT_EQ(trapped.rip, halted_in_handler(1));
+  EXPECT_EQ(trapped.rbx, 1u);
+}
+
+// Nothing else looks between POPF or the instruction behind STI and what comes then.
+TEST_F(TranslatorGuest, AnEventThatWaitsIsTakenWherePopfOrStiOpensTheWindow) {
+  place(code, {0x68, 2, 2, 0, 0, 0x9d, 0x8d, 0x5b, 1, 0xf4});    // push 0x202; popfq; lea ebx, [rbx + 1]; hlt
+  place(code + 32, {0x90, 0xfb, 0xeb, 0, 0x8d, 0x5b, 1, 0xf4});  // nop; sti; jmp to lea ebx, [rbx + 1]; hlt
+  for (const uint64_t rip : {code, code + 32})
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_EQ(run({.rsp = stack_top, .rip = rip}).rbx, 1u);
+      vcpu_->set_regs({.rsp = stack_top, .rip = rip, .rflags = 2});
+      vcpu_->shared().request_interrupt_window = 1;
+      const Exit exit = vcpu_->run();
+      EXPECT_EQ(exit.reason(), static_cast<uint32_t>(KVM_EXIT_IRQ_WINDOW_OPEN)) << exit.describe();
+      EXPECT_EQ(vcpu_->regs().rbx, 0u);
+      EXPECT_EQ(vcpu_->regs().rip, rip == code ? code + 6 : code + 36);
+      vcpu_->shared().request_interrupt_window = 0;
+    }
+}
+
+// The instruction behind STI is no place to look at requests, and here the only other one is STI itself.
+TEST_F(TranslatorGuest, ALoopThatStiIsPartOfCanBeEndedFromOutside) {
+  place(code, {0xfb, 0xfb, 0xeb, 0xfc});  // again: sti; sti; jmp again
+  vcpu_->set_regs({.rsp = stack_top, .rip = code, .rflags = 2});
+  std::thread other([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    vcpu_->kick();
+  });
+  EXPECT_TRUE(vcpu_->run().interrupted());
+  other.join();
+}
+
+// Whether the host's copy of RCX or that of ECX counts.
+TEST_F(TranslatorGuest, LoopCountsTheRegisterOfItsAddressSize) {
+  place(code, {0x8d, 0x5b, 1, 0xe2, 0xfb, 0xf4});             // again: lea ebx, [rbx + 1]; loop again; hlt
+  place(code + 16, {0x8d, 0x5b, 1, 0x67, 0xe2, 0xfa, 0xf4});  // by ECX
+  kvm_regs after = run({.rcx = 5, .rsp = stack_top, .rip = code});
+  EXPECT_EQ(after.rbx, 5u);
+  EXPECT_EQ(after.rcx, 0u);
+  after = run({.rcx = 0x7'0000'0003, .rsp = stack_top, .rip = code + 16});
+  EXPECT_EQ(after.rbx, 3u);
+  EXPECT_EQ(after.rcx, 0u);  // the upper half is cleared
 }
 
 }  // namespace

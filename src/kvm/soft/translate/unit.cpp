@@ -36,7 +36,7 @@ bool UnitEmitter::emit() noexcept {
   t_.begin = e_.at();
   emit_entry();
   t_.body = e_.at();
-  if (counts_) count(o_.instructions, code_.size());
+  if (counts_) count(o_.instructions, static_cast<int64_t>(code_.size()));
   for (unsigned n = 0; n < code_.size() && !failed_; ++n) {
     if (!e_.room(room_for_one + stubs_.size() * room_for_stub)) return false;
     emit_one(n);
@@ -67,14 +67,14 @@ bool UnitEmitter::analyse_block() noexcept {
   }
   // Does it branch back? Indirect branches look at the request word themselves.
   const Instruction& last = code_.back();
-  if (last.kind == Kind::branch || last.kind == Kind::jump || last.kind == Kind::call)
+  if (last.kind == Kind::branch || last.kind == Kind::loop || last.kind == Kind::jump ||
+      last.kind == Kind::call)
     wants_check_ = static_cast<int64_t>(last.op->imm) <= last.op->offset;
   // Nothing may come between STI and what follows: no look at the request word, no other block's either.
-  for (size_t n = 0; n < code_.size(); ++n)
-    if (code_[n].kind == Kind::set_if && n + 2 >= code_.size()) {
-      code_[n].kind = Kind::complex;
-      code_[n].reads = all_flags;
-    }
+  if (code_.back().kind == Kind::set_if) {
+    code_.back().kind = Kind::complex;
+    code_.back().reads = all_flags;
+  }
   return block_.fresh();
 }
 
@@ -111,7 +111,12 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::clear_if:
     case Kind::set_if:
     case Kind::read_tsc:
-    case Kind::read_segment: emit_system(i, n); break;
+    case Kind::read_segment:
+    case Kind::set_df:
+    case Kind::pause:
+    case Kind::serialize: emit_system(i, n); break;
+    case Kind::push_flags: emit_push_flags(i, n); break;
+    case Kind::pop_flags: emit_pop_flags(i, n); break;
     case Kind::pop: emit_pop(i, n); break;
     case Kind::leave: emit_leave(i, n); break;
     case Kind::call: emit_call(i, n); break;
@@ -120,6 +125,7 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::jump: exit_to(start_ + static_cast<int64_t>(i.op->imm)); break;
     case Kind::jump_indirect: emit_jump_indirect(i, n); break;
     case Kind::branch: emit_branch(i); break;
+    case Kind::loop: emit_loop(i); break;
     case Kind::complex: emit_complex(n); break;
   }
 }
@@ -147,11 +153,12 @@ void UnitEmitter::note_flags(const Instruction& i) noexcept {
   flow_.stored_flags = false;
 }
 
-// At the first place where the flags are dead or stored.
+// At the first place where the flags are dead or stored, but not behind an STI.
 void UnitEmitter::check_requests(unsigned n) noexcept {
-  const bool last = n + 1 == code_.size();
-  if (live_[n] != no_flags && !flow_.stored_flags && !last) return;
   if (n > 0 && code_[n - 1].kind == Kind::set_if) return;
+  bool last = true;
+  for (size_t k = n; k + 1 < code_.size(); ++k) last = last && code_[k].kind == Kind::set_if;
+  if (live_[n] != no_flags && !flow_.stored_flags && !last) return;
   if (live_[n] != no_flags) store_flags();
   wants_check_ = false;
   uint8_t* const jump = e_.jump_if_set(o_.request);
@@ -229,9 +236,9 @@ void UnitEmitter::raise_level(uint8_t level) noexcept {
 }
 
 // Adds to a counter of the area, without touching flags; takes scratch1.
-void UnitEmitter::count(int64_t counter, size_t amount) noexcept {
+void UnitEmitter::count(int64_t counter, int64_t amount) noexcept {
   e_.load(scratch1, counter);
-  e_.lea(scratch1, scratch1, 16, 0, static_cast<int64_t>(amount), true);
+  e_.lea(scratch1, scratch1, 16, 0, amount, true);
   e_.store(counter, scratch1);
 }
 
@@ -295,55 +302,11 @@ void UnitEmitter::emit_address(const Instruction& i) noexcept {
   if (lives_in_memory(dst)) e_.store(o_.of_gpr(dst), to);
 }
 
-// --- other instructions
-
-void UnitEmitter::emit_system(const Instruction& i, unsigned n) noexcept {
-  if (i.kind == Kind::swap_gs) {
-    const int64_t gs = o_.segment_base + int64_t{sizeof(Segment)} * seg_gs;
-    e_.load(scratch0, gs);
-    e_.load(scratch1, o_.kernel_gs_base);
-    e_.store(gs, scratch1);
-    e_.store(o_.kernel_gs_base, scratch0);
-    return;
-  }
-  if (i.kind == Kind::read_segment) {
-    const unsigned guest = i.op->dst / 8;
-    const unsigned reg = lives_in_memory(guest) ? scratch0 : guest;
-    e_.state(0x0fb7, reg, o_.selector + int64_t{sizeof(Segment)} * i.op->src, false);
-    if (guest == rsp) flow_.rsp = 0;
-    if (lives_in_memory(guest)) e_.store(o_.of_gpr(guest), reg);
-    return;
-  }
-  if (live_[n] != no_flags) store_flags();
-  flow_.native_flags = false;
-  if (i.kind == Kind::clear_if) {
-    e_.state(0x81, 4, o_.system_flags);  // and qword [system_flags]
-    e_.u32(~flag::if_);
-  } else if (i.kind == Kind::set_if) {
-    Site& site = new_site(n, n);
-    add_stub(e_.jump_if_set(o_.event_waits), Stubs::complex_op, &site,
-             {.native_flags = false, .level = flow_.level});
-    e_.state(0x81, 1, o_.system_flags);  // or qword [system_flags]
-    e_.u32(flag::if_);
-    close(site);
-  } else {
-    // RDTSCP waits for what comes before, and so does this.
-    if (i.insn.mnemonic == ZYDIS_MNEMONIC_RDTSCP) e_.u8(0x0f), e_.u8(0xae), e_.u8(0xe8);  // lfence
-    e_.u8(0x0f), e_.u8(0x31);                                                             // rdtsc
-    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xe2), e_.u8(32);                                     // shl rdx, 32
-    e_.u8(0x48), e_.u8(0x09), e_.u8(0xd0);                                                // or rax, rdx
-    e_.state(0x03, 0, o_.tsc_offset);  // add rax, [tsc_offset]
-    e_.move(2, 0);
-    e_.u8(0x48), e_.u8(0xc1), e_.u8(0xea), e_.u8(32);  // shr rdx, 32
-    e_.move(0, 0, false);
-    if (i.insn.mnemonic == ZYDIS_MNEMONIC_RDTSCP) e_.load32(1, o_.tsc_aux);
-  }
-}
+// --- ways out
 
 void UnitEmitter::emit_complex(unsigned n) noexcept {
   commit_rsp();
   Site& site = new_site(n, n);
-  static_assert(ZYDIS_MNEMONIC_MAX_VALUE <= UINT16_MAX);
   site.mnemonic = static_cast<uint16_t>(code_[n].insn.mnemonic);
   const Boundary at{.native_flags = flow_.native_flags && !flow_.stored_flags, .level = flow_.level};
   e_.move_address(scratch0, reinterpret_cast<uint64_t>(&site));
@@ -353,8 +316,6 @@ void UnitEmitter::emit_complex(unsigned n) noexcept {
   flow_.level = 0;
   close(site);
 }
-
-// --- ways out
 
 Site& UnitEmitter::new_site(unsigned n, unsigned last) noexcept {
   Site& site = t_.sites.emplace_back();
@@ -371,6 +332,16 @@ Site& UnitEmitter::new_fault(unsigned n, unsigned last) noexcept {
   Site& site = new_site(n, last);
   t_.faults.push_back({.at = e_.at(), .stub = nullptr});
   add_stub(nullptr, Stubs::slow_access, &site, boundary());
+  return site;
+}
+
+// Leaves an instruction to the interpreter when the jump is taken. The flags are stored or dead.
+Site& UnitEmitter::interpret_if(uint8_t* jump, unsigned n) noexcept {
+  flow_.native_flags = false;
+  Site& site = new_site(n, n);
+  static_assert(ZYDIS_MNEMONIC_MAX_VALUE <= UINT16_MAX);
+  site.mnemonic = static_cast<uint16_t>(code_[n].insn.mnemonic);
+  add_stub(jump, Stubs::complex_op, &site, site.before);
   return site;
 }
 

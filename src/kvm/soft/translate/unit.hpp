@@ -62,6 +62,14 @@ class UnitEmitter {
   void emit_push(const Instruction& i, unsigned n) noexcept;
   void emit_push_memory(const Instruction& i, unsigned n) noexcept;
   void emit_system(const Instruction& i, unsigned n) noexcept;
+  void emit_swap_gs() noexcept;
+  void emit_read_segment(const Instruction& i) noexcept;
+  void emit_set_if(unsigned n) noexcept;
+  void emit_read_tsc(const Instruction& i) noexcept;
+  void emit_serialize(unsigned n) noexcept;
+  void change_system_flag(uint64_t bit, bool on) noexcept;
+  void emit_push_flags(const Instruction& i, unsigned n) noexcept;
+  void emit_pop_flags(const Instruction& i, unsigned n) noexcept;
   void emit_bit_test(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;
@@ -73,6 +81,7 @@ class UnitEmitter {
   void emit_ret(const Instruction& i, unsigned n) noexcept;
   void emit_jump_indirect(const Instruction& i, unsigned n) noexcept;
   void emit_branch(const Instruction& i) noexcept;
+  void emit_loop(const Instruction& i) noexcept;
   void emit_complex(unsigned n) noexcept;
 
   // The memory operand, with what has been added to RSP meanwhile.
@@ -104,12 +113,13 @@ class UnitEmitter {
   void emit_entry() noexcept;
   void place_exit(DirectExit& exit, const uint8_t* stub) noexcept;
   void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
-  void count(int64_t counter, size_t amount) noexcept;
+  void count(int64_t counter, int64_t amount) noexcept;
   Boundary boundary() const noexcept;
   bool in_page(int64_t offset) const noexcept;
   bool moves_rsp(const Instruction& i, int32_t& amount) const noexcept;
   Site& new_site(unsigned n, unsigned last) noexcept;
   Site& new_fault(unsigned n, unsigned last) noexcept;
+  Site& interpret_if(uint8_t* jump, unsigned n) noexcept;
   // The interpreter's way out of a site joins translated code here.
   void close(Site& site) noexcept;
   void note_flags(const Instruction& i) noexcept;

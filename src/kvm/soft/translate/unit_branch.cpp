@@ -6,7 +6,7 @@ namespace lodge::kvm::soft {
 void UnitEmitter::push_return_address(const Instruction& i, int64_t disp) noexcept {
   e_.load(scratch1, o_.page);
   e_.lea(scratch1, scratch1, 16, 0, start_ + i.op->offset + i.op->length, wide_);
-  e_.store_at_scratch(disp, scratch1, wide_);
+  e_.store_at_scratch(disp, scratch1, word_);
   flow_.rsp -= word_;
 }
 
@@ -18,12 +18,7 @@ void UnitEmitter::emit_call(const Instruction& i, unsigned n) noexcept {
 // Leaves a call to the interpreter when its target, in scratch1, is not canonical: such a call pushes
 // nothing. The flags are stored or dead.
 void UnitEmitter::refuse_odd_target(unsigned n) noexcept {
-  if (!wide_) return;
-  Site& site = new_site(n, n);
-  uint8_t* const odd = jump_if_odd();
-  flow_.native_flags = false;
-  site.before = {.native_flags = false, .level = flow_.level};
-  add_stub(odd, Stubs::complex_op, &site, site.before);
+  if (wide_) interpret_if(jump_if_odd(), n);
 }
 
 // Jumps when the address in scratch1, which is lost, is not canonical.
@@ -45,7 +40,7 @@ void UnitEmitter::emit_call_indirect(const Instruction& i, unsigned n) noexcept 
     if (!wide_) e_.move(scratch0, scratch0, false);
   } else {
     look_up_alone(operand(i, static_cast<unsigned>(word_), flow_.rsp), n);
-    e_.load_at_scratch(scratch1, 0, wide_);
+    e_.load_at_scratch(scratch1, 0, word_);
     e_.store(o_.target, scratch1);
     refuse_odd_target(n);
     look_up_alone(stack_access(flow_.rsp - word_, true), n);
@@ -56,7 +51,7 @@ void UnitEmitter::emit_call_indirect(const Instruction& i, unsigned n) noexcept 
 }
 
 void UnitEmitter::emit_ret(const Instruction& i, unsigned n) noexcept {
-  e_.load_at_scratch(scratch0, reach(i, n).disp, wide_);
+  e_.load_at_scratch(scratch0, reach(i, n).disp, word_);
   const int32_t change = word_ + static_cast<int32_t>(i.op->imm & 0xffff);
   flow_.rsp += change;
   exit_indirect(n, change);
@@ -68,7 +63,7 @@ void UnitEmitter::emit_jump_indirect(const Instruction& i, unsigned n) noexcept 
     if (!wide_) e_.move(scratch0, scratch0, false);
   } else {
     look_up_alone(operand(i, static_cast<unsigned>(word_), flow_.rsp), n);
-    e_.load_at_scratch(scratch0, 0, wide_);
+    e_.load_at_scratch(scratch0, 0, word_);
   }
   exit_indirect(n, 0);
 }
@@ -91,6 +86,33 @@ void UnitEmitter::emit_branch(const Instruction& i) noexcept {
     Emitter::patch(skip, e_.at());
   }
   exit_to(start_ + i.op->offset + i.op->length);
+}
+
+// Without a change of flags.
+void UnitEmitter::emit_loop(const Instruction& i) noexcept {
+  if (i.reads != no_flags && !flow_.native_flags) {
+    e_.load_flags(o_.arith, scratch1);
+    flow_.native_flags = true;
+  }
+  commit_rsp();
+  const int64_t taken = start_ + static_cast<int64_t>(i.op->imm);
+  const int64_t behind = start_ + i.op->offset + i.op->length;
+  const bool wide = i.op->address_size == 8;
+  if (i.insn.opcode == 0xe3) {  // JRCXZ
+    uint8_t* const zero = e_.jump_if_rcx_is_zero(wide);
+    exit_to(behind);
+    Emitter::patch_short(zero, e_.at());
+    exit_to(taken);
+    return;
+  }
+  e_.lea(rcx, rcx, 16, 0, -1, wide);
+  uint8_t* const done = e_.jump_if_rcx_is_zero(wide);
+  uint8_t* other = nullptr;
+  if (i.insn.opcode != 0xe2) other = e_.jump_if(i.insn.opcode == 0xe0 ? 4 : 5);  // LOOPNE: jz, LOOPE: jnz
+  exit_to(taken);
+  Emitter::patch_short(done, e_.at());
+  if (other != nullptr) Emitter::patch(other, e_.at());
+  exit_to(behind);
 }
 
 // `offset` is one from the start of the block's page.

@@ -21,6 +21,7 @@ bool ends_run(const Instruction& i) noexcept {
     case Kind::memory:
     case Kind::address:
     case Kind::push:
+    case Kind::push_flags:
     case Kind::pop:
     case Kind::leave:
     case Kind::call:
@@ -55,6 +56,7 @@ std::optional<UnitEmitter::Access> UnitEmitter::access_of(const Instruction& i,
   switch (i.kind) {
     case Kind::memory: return operand(i, i.memory_size, rsp_part);
     case Kind::push:
+    case Kind::push_flags:
     case Kind::call:
     case Kind::call_indirect: return stack_access(rsp_part - word_, true);
     case Kind::pop:
@@ -105,7 +107,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
       high = new_high;
       write = write || a->write;
       last = k;
-      if (i.kind == Kind::push) stack -= word_;
+      if (i.kind == Kind::push || i.kind == Kind::push_flags) stack -= word_;
       if (i.kind == Kind::pop) stack += word_;
       if (i.kind == Kind::pop && i.op->dst == rsp * 8) break;
       if (i.kind == Kind::leave || i.kind == Kind::ret || is_call(i)) break;
@@ -258,7 +260,7 @@ void UnitEmitter::emit_push(const Instruction& i, unsigned n) noexcept {
       e_.load(scratch1, o_.of_gpr(reg));
       reg = scratch1;
     }
-    e_.store_at_scratch(place.disp, reg, wide_);
+    e_.store_at_scratch(place.disp, reg, word_);
   }
   flow_.rsp -= word_;
   if (place.site != nullptr) close(*place.site);
@@ -266,11 +268,11 @@ void UnitEmitter::emit_push(const Instruction& i, unsigned n) noexcept {
 
 void UnitEmitter::emit_push_memory(const Instruction& i, unsigned n) noexcept {
   Site& first = look_up_alone(operand(i, static_cast<unsigned>(word_), flow_.rsp), n);
-  e_.load_at_scratch(scratch1, 0, wide_);
+  e_.load_at_scratch(scratch1, 0, word_);
   e_.store(o_.target, scratch1);
   Site& second = look_up_alone(stack_access(flow_.rsp - word_, true), n);
   e_.load(scratch1, o_.target);
-  e_.store_at_scratch(0, scratch1, wide_);
+  e_.store_at_scratch(0, scratch1, word_);
   flow_.rsp -= word_;
   close(first);
   close(second);
@@ -280,7 +282,7 @@ void UnitEmitter::emit_pop(const Instruction& i, unsigned n) noexcept {
   const Place place = reach(i, n);
   const unsigned guest = i.op->dst / 8;
   const unsigned reg = lives_in_memory(guest) ? scratch1 : guest;
-  e_.load_at_scratch(reg, place.disp, wide_);
+  e_.load_at_scratch(reg, place.disp, word_);
   if (lives_in_memory(guest)) e_.store(o_.of_gpr(guest), reg);
   flow_.rsp = guest == rsp ? 0 : flow_.rsp + word_;
   if (place.site != nullptr) close(*place.site);
@@ -288,7 +290,7 @@ void UnitEmitter::emit_pop(const Instruction& i, unsigned n) noexcept {
 
 void UnitEmitter::emit_leave(const Instruction& i, unsigned n) noexcept {
   Site& site = look_up_alone(access_of(i, flow_.rsp).value_or(Access{}), n);
-  e_.load_at_scratch(scratch1, 0, wide_);
+  e_.load_at_scratch(scratch1, 0, word_);
   e_.lea(scratch0, rbp, 16, 0, word_, wide_);
   e_.store(o_.of_gpr(rsp), scratch0);
   e_.move(rbp, scratch1);
@@ -302,7 +304,7 @@ void UnitEmitter::emit_bit_test(const Instruction& i, unsigned n) noexcept {
   access.bit_register = static_cast<uint8_t>(i.op->src / 8);
   Site& site = look_up_alone(access, n);
   need_native_flags(i, n);
-  e_.load_at_scratch(scratch1, 0, wide);
+  e_.load_at_scratch(scratch1, 0, i.op->size);
   unsigned offset = access.bit_register;
   if (lives_in_memory(offset)) {
     e_.load(scratch0, o_.of_gpr(offset));
