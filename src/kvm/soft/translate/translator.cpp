@@ -440,7 +440,7 @@ const void* Translator::on_request(Site& site) noexcept {
 const void* Translator::on_exit(DirectExit& exit) noexcept {
   cache_.observe();
   cpu_.rip = area_.page + (static_cast<uint32_t>(exit.offset) & page_mask);
-  if (once_) return leave();
+  if (once_ && !exit.is_entry) return leave();
   if (source_.wants_attention()) return leave();
   sync();
   Block* block = source_.block_at(cpu_.rip);
