@@ -129,11 +129,7 @@ bool BlockGenerator::wanted(const Instruction& instruction) const {
     case ZYDIS_MNEMONIC_INTO:
     case ZYDIS_MNEMONIC_MASKMOVQ:
     case ZYDIS_MNEMONIC_MASKMOVDQU:
-    case ZYDIS_MNEMONIC_VMASKMOVDQU:
-    case ZYDIS_MNEMONIC_CMPSB:
-    case ZYDIS_MNEMONIC_CMPSW:
-    case ZYDIS_MNEMONIC_CMPSQ: return false;
-    case ZYDIS_MNEMONIC_CMPSD: return !is_string(insn);
+    case ZYDIS_MNEMONIC_VMASKMOVDQU: return false;
     case ZYDIS_MNEMONIC_SHLD:
     case ZYDIS_MNEMONIC_SHRD: return instruction.operands[0].size > 16;
     default: return (insn.attributes & ZYDIS_ATTRIB_IS_PRIVILEGED) == 0;

@@ -261,15 +261,22 @@ TEST_F(Analysis, KnowsWhatKindAnInstructionIs) {
       {{0xe3, 0}, Kind::loop},        // jrcxz
       {{0x67, 0xe1, 0}, Kind::loop},  // loope, by ECX
       {{0x48, 0x8b, 0x06}, Kind::memory},
-      {{0x8a, 0x26}, Kind::complex},               // mov ah, [rsi]: no REX beside AH
-      {{0x48, 0x0f, 0xa3, 0x06}, Kind::bit_test},  // bt [rsi], rax reaches beyond
-      {{0x48, 0x0f, 0xab, 0x06}, Kind::complex},   // bts [rsi], rax
+      {{0x8a, 0x26}, Kind::complex},                     // mov ah, [rsi]: no REX beside AH
+      {{0x48, 0x0f, 0xa3, 0x06}, Kind::bit_test},        // bt [rsi], rax reaches beyond
+      {{0xf0, 0x48, 0x0f, 0xab, 0x06}, Kind::bit_test},  // lock bts [rsi], rax
+      {{0x66, 0x0f, 0xab, 0x06}, Kind::complex},         // of 16 bits
+      {{0xa4}, Kind::string},
+      {{0x66, 0xa7}, Kind::string},
+      {{0x48, 0xab}, Kind::string},
+      {{0x67, 0xac}, Kind::complex},  // lodsb by ESI
+      {{0x65, 0xa5}, Kind::complex},  // movsd from GS
       {{0x0f, 0x01, 0xf8}, Kind::swap_gs},
       {{0xfa}, Kind::clear_if},
       {{0x0f, 0x31}, Kind::read_tsc},
       {{0x8c, 0xd8}, Kind::read_segment},
       {{0x48, 0x0f, 0xba, 0x26, 3}, Kind::memory},
       {{0xf3, 0xa4}, Kind::complex},  // rep movsb
+      {{0xf2, 0xae}, Kind::complex},  // repne scasb
       {{0x0f, 0xa2}, Kind::complex},  // cpuid
       {{0xf4}, Kind::complex},        // hlt
       {{0xf3, 0x90}, Kind::pause},

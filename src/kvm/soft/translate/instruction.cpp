@@ -301,8 +301,8 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
     const bool bits = insn.mnemonic == ZYDIS_MNEMONIC_BT || insn.mnemonic == ZYDIS_MNEMONIC_BTS ||
                       insn.mnemonic == ZYDIS_MNEMONIC_BTR || insn.mnemonic == ZYDIS_MNEMONIC_BTC;
     if (bits && i.has_memory() && i.operands[1].type == ZYDIS_OPERAND_TYPE_REGISTER) {
-      const bool plain = insn.mnemonic == ZYDIS_MNEMONIC_BT && cpu.mode() == Mode::bits64 &&
-                         i.op->size >= 4 && i.op->address_size == 8 && i.op->src != rsp * 8;
+      const bool plain =
+          cpu.mode() == Mode::bits64 && i.op->size >= 4 && i.op->address_size == 8 && i.op->src != rsp * 8;
       return plain && good_address(cpu, i) ? Kind::bit_test : Kind::complex;
     }
   } else {
@@ -336,6 +336,15 @@ Kind stack_kind(const Cpu& cpu, Instruction& i) noexcept {
     case ZYDIS_MNEMONIC_LEAVE: return Kind::leave;
     default: return i.op->complex == system::pushf ? Kind::push_flags : Kind::pop_flags;
   }
+}
+
+// Other segments than flat ones, and other address sizes than the mode's, are the interpreter's.
+Kind string_kind(const Cpu& cpu, const Instruction& i) noexcept {
+  const bool wide = cpu.mode() == Mode::bits64;
+  const bool flat = wide ? i.op->segment < seg_fs
+                         : i.op->segment == seg_ds || i.op->segment == seg_es || i.op->segment == seg_ss;
+  const bool repeats = (i.op->flags & (Op::rep | Op::repne)) != 0;
+  return flat && !repeats && i.op->address_size == (wide ? 8 : 4) ? Kind::string : Kind::complex;
 }
 
 Kind branch_kind(const Cpu& cpu, Instruction& i) noexcept {
@@ -390,6 +399,7 @@ Kind choose(const Cpu& cpu, Instruction& i) noexcept {
     case ZYDIS_CATEGORY_RET:
     case ZYDIS_CATEGORY_COND_BR:
     case ZYDIS_CATEGORY_UNCOND_BR: return branch_kind(cpu, i);
+    case ZYDIS_CATEGORY_STRINGOP: return string_kind(cpu, i);
     default: break;
   }
   switch (i.insn.mnemonic) {

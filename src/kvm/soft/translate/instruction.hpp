@@ -26,7 +26,8 @@ enum class Kind : uint8_t {
   jump_indirect,  // near, through a register or memory
   branch,         // Jcc, relative
   loop,           // LOOP, LOOPE, LOOPNE and JRCXZ
-  bit_test,       // BT of memory, with the offset in a register
+  bit_test,       // BT, BTS, BTR and BTC of memory, with the offset in a register
+  string,         // LODS, STOS, MOVS, SCAS and CMPS without REP
   swap_gs,        // SWAPGS at CPL 0
   clear_if,       // CLI at CPL 0
   set_if,         // STI at CPL 0

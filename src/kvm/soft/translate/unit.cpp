@@ -107,6 +107,7 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::push: emit_push(i, n); break;
     case Kind::push_memory: emit_push_memory(i, n); break;
     case Kind::bit_test: emit_bit_test(i, n); break;
+    case Kind::string: emit_string(i, n); break;
     case Kind::swap_gs:
     case Kind::clear_if:
     case Kind::set_if:
@@ -138,11 +139,15 @@ void UnitEmitter::store_flags() noexcept {
   flow_.stored_flags = true;
 }
 
-// Before an instruction that reads flags, or leaves some of those that are still wanted.
-void UnitEmitter::need_native_flags(const Instruction& i, unsigned n) noexcept {
+// An instruction that reads flags, or leaves some of those that are still wanted.
+bool UnitEmitter::wants_native_flags(const Instruction& i, unsigned n) const noexcept {
   const auto kept = static_cast<Flags>(live_[n + 1] & ~i.replaces);
-  const bool needs = i.reads != no_flags || (i.writes != no_flags && kept != no_flags);
-  if (!needs || flow_.native_flags) return;
+  return i.reads != no_flags || (i.writes != no_flags && kept != no_flags);
+}
+
+// Takes scratch1.
+void UnitEmitter::need_native_flags(const Instruction& i, unsigned n) noexcept {
+  if (!wants_native_flags(i, n) || flow_.native_flags) return;
   e_.load_flags(o_.arith, scratch1);
   flow_.native_flags = true;
 }

@@ -71,6 +71,7 @@ class UnitEmitter {
   void emit_push_flags(const Instruction& i, unsigned n) noexcept;
   void emit_pop_flags(const Instruction& i, unsigned n) noexcept;
   void emit_bit_test(const Instruction& i, unsigned n) noexcept;
+  void emit_string(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;
 
@@ -98,6 +99,7 @@ class UnitEmitter {
   void effective_address(const Access& access) noexcept;
   void push_return_address(const Instruction& i, int64_t disp) noexcept;
 
+  bool wants_native_flags(const Instruction& i, unsigned n) const noexcept;
   void need_native_flags(const Instruction& i, unsigned n) noexcept;
   void store_flags() noexcept;
   void commit_rsp() noexcept;

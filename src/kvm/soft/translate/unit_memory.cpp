@@ -303,17 +303,53 @@ void UnitEmitter::emit_bit_test(const Instruction& i, unsigned n) noexcept {
   Access access = operand(i, i.op->size, flow_.rsp);
   access.bit_register = static_cast<uint8_t>(i.op->src / 8);
   Site& site = look_up_alone(access, n);
-  need_native_flags(i, n);
-  e_.load_at_scratch(scratch1, 0, i.op->size);
-  unsigned offset = access.bit_register;
-  if (lives_in_memory(offset)) {
-    e_.load(scratch0, o_.of_gpr(offset));
-    offset = scratch0;
+  // The part of the offset that the look-up has not taken for the address.
+  load_guest(scratch1, access.bit_register);
+  e_.u8(0x41), e_.u8(0x83), e_.u8(0xe3), e_.u8(wide ? 63 : 31);  // and r11d
+  if (wants_native_flags(i, n)) {
+    e_.store(o_.target, scratch1);
+    need_native_flags(i, n);
+    e_.load(scratch1, o_.target);
   }
-  e_.u8(0x41u | (wide ? 8u : 0u) | (offset >> 3 & 1) << 2), e_.u8(0x0f), e_.u8(0xa3);  // bt r11, offset
-  e_.u8(0xc0 | (offset & 7) << 3 | (scratch1 & 7));
+  // The guest's own BT, BTS, BTR or BTC of [r10] and r11
+  if ((i.op->flags & Op::lock) != 0) e_.u8(0xf0);
+  e_.u8(wide ? 0x4d : 0x45), e_.u8(0x0f), e_.u8(i.insn.opcode);
+  e_.scratch_operand(scratch1, scratch0, 0, false);
   note_flags(i);
   close(site);
+}
+
+// Upwards; with DF it is the interpreter's.
+void UnitEmitter::emit_string(const Instruction& i, unsigned n) noexcept {
+  enum : unsigned { movs = 0xa4, cmps = 0xa6, stos = 0xaa, lods = 0xac, scas = 0xae };
+  const unsigned which = i.insn.opcode & 0xfe;
+  const int size = i.op->size;
+  const auto access = [&](uint8_t base, bool write) {
+    return Access{.base = base, .size = i.op->size, .write = write, .narrow = !wide_};
+  };
+  if (live_[n] != no_flags) store_flags();
+  Site& down = interpret_if(e_.jump_if_any(o_.system_flags, flag::df), n);
+  Site* source = nullptr;
+  Site* destination = nullptr;
+  if (which == movs || which == cmps || which == lods) {
+    source = &look_up_alone(access(rsi, false), n);
+    e_.load_at_scratch(which == lods ? unsigned{rax} : scratch1, 0, size);
+    if (which != lods) e_.store(o_.target, scratch1);
+  }
+  if (which != lods) {
+    destination = &look_up_alone(access(rdi, which == movs || which == stos), n);
+    if (source != nullptr) e_.load(scratch1, o_.target);
+    const unsigned reg = source != nullptr ? scratch1 : unsigned{rax};
+    if (which == movs || which == stos)
+      e_.store_at_scratch(0, reg, size);
+    else
+      e_.at_scratch(0x3b, reg, 0, size);  // cmp reg, [r10]
+  }
+  if (source != nullptr) e_.lea(rsi, rsi, 16, 0, size, wide_);
+  if (destination != nullptr) e_.lea(rdi, rdi, 16, 0, size, wide_);
+  note_flags(i);
+  for (Site* site : {&down, source, destination})
+    if (site != nullptr) close(*site);
 }
 
 }  // namespace lodge::kvm::soft
