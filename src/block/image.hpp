@@ -69,6 +69,12 @@ class Image {
 // Who executes transfers: io_uring where the kernel permits it (automatic), or threads.
 enum class Engine { automatic, uring, threads };
 
+// 0: no limit.
+struct RateLimits {
+  uint64_t operations = 0;  // reads and writes a second
+  uint64_t bytes = 0;       // a second
+};
+
 struct OpenOptions {
   std::string format;  // "raw" or "qcow2"; empty: by the contents
   bool read_only =
@@ -78,6 +84,10 @@ struct OpenOptions {
   // qcow2's external data file. Empty: the one that the image names, if that is in the image's directory: an
   // image must not choose which of the host's files a guest may write.
   std::string data_file;
+  // Changes go into a temporary file that vanishes with the image; the image itself is only read. The file is
+  // made in $TMPDIR, or else in /var/tmp.
+  bool temporary = false;
+  RateLimits limits;
   bool backing = true;  // false: without its backing file, whose contents then read as zeros
 };
 

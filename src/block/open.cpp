@@ -1,7 +1,10 @@
 // Opening images: which format, and the files that an image names.
+#include <fcntl.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <array>
+#include <cstdlib>
 #include <filesystem>
 #include <set>
 
@@ -9,8 +12,10 @@
 #include "block/chain.hpp"
 #include "block/probe.hpp"
 #include "block/qcow2/check.hpp"
+#include "block/qcow2/create.hpp"
 #include "block/qcow2/image.hpp"
 #include "block/raw.hpp"
+#include "block/throttle.hpp"
 
 namespace lodge::block {
 namespace {
@@ -122,8 +127,48 @@ std::string backing_path(const std::string& image, const std::string& name) {
   return std::filesystem::path(image).parent_path() / path;
 }
 
+namespace {
+
+// A file without a name, in memory's or the disk's own interest: changes of a guest can be many.
+Fd temporary_file() {
+  const char* chosen = std::getenv("TMPDIR");
+  const std::string directory = chosen && *chosen ? chosen : "/var/tmp";
+  Fd fd(::open(directory.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
+  if (!fd) {  // not every file system has it
+    std::string pattern = directory + "/lodge-XXXXXX";
+    fd.reset(::mkostemp(pattern.data(), O_CLOEXEC));
+    if (!fd)
+      usage_error("no temporary file can be made in {}: {}; set TMPDIR to another directory", directory,
+                  std::generic_category().message(errno));
+    ::unlink(pattern.c_str());
+  }
+  return fd;
+}
+
+std::unique_ptr<Image> temporary_overlay(std::unique_ptr<Image> base, const OpenOptions& options) {
+  auto file = std::make_unique<FileStorage>(temporary_file(), "the temporary overlay", Use::write,
+                                            make_engine(options.engine));
+  file->never_sync();
+  qcow2::CreateOptions create;
+  create.size = base->size();
+  // A guest writes a page here and there: small subclusters spare copying the rest from below.
+  create.extended_l2 = true;
+  qcow2::create(*file, create);
+  qcow2::Qcow2Image::Parts parts;
+  parts.header = qcow2::read_header(*file);
+  parts.storage = std::move(file);
+  parts.backing = std::move(base);
+  return std::make_unique<qcow2::Qcow2Image>(std::move(parts), false);
+}
+
+}  // namespace
+
 std::unique_ptr<Image> open_image(const std::string& path, const OpenOptions& options) {
-  return Opener(options).open(path, options.format, options.read_only);
+  auto image = Opener(options).open(path, options.format, options.read_only || options.temporary);
+  if (options.temporary && !options.read_only) image = temporary_overlay(std::move(image), options);
+  if (options.limits.operations || options.limits.bytes)
+    image = std::make_unique<ThrottledImage>(std::move(image), options.limits);
+  return image;
 }
 
 std::unique_ptr<Image> open_storage(std::unique_ptr<Storage> storage, const OpenOptions& options) {

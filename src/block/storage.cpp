@@ -40,6 +40,7 @@ void FileStorage::write(std::vector<iovec> buffers, uint64_t offset, Completion 
 }
 
 void FileStorage::change(Transfer::Kind kind, uint64_t offset, uint64_t length, Completion done) noexcept {
+  if (kind == Transfer::Kind::sync && !syncs_) return done(0);
   engine_->submit({kind, fd_.get(), offset, {}, length, std::move(done)});
 }
 
@@ -54,6 +55,7 @@ int FileStorage::write(const void* data, size_t size, uint64_t offset) noexcept 
 }
 
 int FileStorage::change(Transfer::Kind kind, uint64_t offset, uint64_t length) noexcept {
+  if (kind == Transfer::Kind::sync && !syncs_) return 0;
   Transfer transfer{kind, fd_.get(), offset, {}, length};
   return execute(transfer);
 }

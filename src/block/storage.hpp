@@ -59,6 +59,8 @@ class FileStorage final : public Storage {
   bool writable() const noexcept override { return use_ == Use::write; }
   void close() noexcept override { fd_.reset(); }
   const std::string& path() const noexcept override { return path_; }
+  // For files that nobody will read again: barriers do nothing from now on.
+  void never_sync() noexcept { syncs_ = false; }
   int fd() const noexcept { return fd_.get(); }
   std::string_view engine() const noexcept { return engine_->name(); }
 
@@ -66,6 +68,7 @@ class FileStorage final : public Storage {
   std::shared_ptr<TransferEngine> engine_;
   std::string path_;
   Use use_;
+  bool syncs_ = true;
   Fd fd_;
 };
 

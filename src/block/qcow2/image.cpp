@@ -20,6 +20,11 @@ Qcow2Image::Qcow2Image(Parts parts, bool read_only)
       size_(metadata_.header().size),
       bitmaps_marked_(!metadata_.header().extension(extension_bitmaps)) {
   load_snapshots();
+  // Features of which we know nothing but that a writer who does not keep them up has to say so.
+  if (!read_only_ && (header().autoclear & ~known_autoclear)) {
+    metadata_.change_header().autoclear &= known_autoclear;
+    if (const int error = metadata_.commit()) throw_errno(error, storage_->path());
+  }
 }
 
 Qcow2Image::~Qcow2Image() {
@@ -196,6 +201,7 @@ int Qcow2Image::resize_now(Lock& lock, uint64_t size) {
   const uint64_t old = size_;
   if (header().l1_entries_for(size) * 8 > maximum_l1_bytes || size > uint64_t{1} << 61) return EFBIG;
   if (!snapshots_.empty() && header().version < 3) return ENOTSUP;  // they would not know their size
+  if (header().extension(extension_bitmaps)) return ENOTSUP;        // nor would bitmaps
   int error = size < old ? shrink(lock, size) : 0;
   while (error == 0) {
     error = size > old ? grow(size) : 0;
@@ -242,7 +248,7 @@ int Qcow2Image::shrink(Lock& lock, uint64_t size) {
     }
     offset = next;
   }
-  unpacked_.fill({});
+  forget_unpacked();
   return 0;
 }
 

@@ -70,7 +70,7 @@ class Qcow2Image final : public Image {
   int delete_snapshot(const std::string& name) noexcept;
 
   // For `lodge image rebase`: names another backing file. Nothing may be in flight.
-  int set_backing(const std::string& file, const std::string& format);
+  int set_backing(const std::optional<std::string>& file, const std::string& format);
 
  private:
   struct Request {
@@ -130,6 +130,11 @@ class Qcow2Image final : public Image {
   void abandon(Provision& provision);
   std::vector<RequestPtr> take_waiting();
   void commit_in_background();
+
+  void forget_unpacked();
+
+  // compressed.cpp
+  int place_compressed(uint64_t size, uint64_t& offset);
 
   // zero.cpp
   int change_cluster(Lock& lock, const RequestPtr& request, uint64_t offset);

@@ -223,6 +223,7 @@ int Qcow2Image::apply_now(Lock& lock, const SnapshotInfo& snapshot) {
   int error = metadata_.load_table(snapshot.l1_offset, l1);
   if (error) return error;
   if (header().l1_entries_for(snapshot.size) > l1.size()) return EIO;
+  if (snapshot.size != size_ && header().extension(extension_bitmaps)) return ENOTSUP;
   std::vector<uint64_t> given_up;
   if ((error = list_references(lock, old, given_up))) return error;
   if ((error = add_references(lock, l1))) return error;
@@ -234,7 +235,7 @@ int Qcow2Image::apply_now(Lock& lock, const SnapshotInfo& snapshot) {
   metadata_.drop_l2_cache();
   for (const uint64_t offset : given_up) metadata_.release(offset);
   metadata_.change_header().size = snapshot.size;
-  unpacked_.fill({});
+  forget_unpacked();
   if ((error = commit(lock))) return error;
   size_ = snapshot.size;
   return correct_copied_flags(lock);
@@ -256,7 +257,7 @@ int Qcow2Image::delete_now(Lock& lock, size_t index) {
     metadata_.release(snapshot.l1_offset + at);
   if ((error = commit(lock))) return error;
   snapshots_ = std::move(snapshots);
-  unpacked_.fill({});
+  forget_unpacked();
   return correct_copied_flags(lock);
 }
 

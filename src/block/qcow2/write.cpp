@@ -220,7 +220,7 @@ void Qcow2Image::enter(const std::shared_ptr<Provision>& provision) noexcept {
       for (const auto& piece : provision->pieces) {
         metadata_.set_entry(*table, l2_index(piece.guest), piece.entry);
         if (piece.old) metadata_.release_entry(*piece.old);
-        if (piece.old && piece.old->compressed()) unpacked_.fill({});
+        if (piece.old && piece.old->compressed()) forget_unpacked();
       }
     }
     table->pins--;

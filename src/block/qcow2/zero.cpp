@@ -63,7 +63,7 @@ int Qcow2Image::change_cluster(Lock& lock, const RequestPtr& request, uint64_t o
   metadata_.set_entry(*table, l2_index(offset), *entry);
   const bool place_stays = entry->offset() != 0 || header().external_data();
   if (!place_stays) metadata_.release_entry(old);
-  if (old.compressed()) unpacked_.fill({});
+  if (old.compressed()) forget_unpacked();
   if (metadata_.wants_commit() && !std::exchange(committing_, true)) {
     lock.unlock();
     commit_in_background();
