@@ -61,6 +61,13 @@ class Image {
   // Bytes: the unit in which space is allocated and given back.
   virtual uint32_t discard_granularity() const noexcept { return 4096; }
 
+  // How many bytes from `offset` on, `length` at most, are known to read as zeros without reading them. For
+  // tools: may block, and means something only while nobody writes.
+  virtual uint64_t zeros_at(uint64_t offset, uint64_t length) noexcept {
+    static_cast<void>(offset), static_cast<void>(length);
+    return 0;
+  }
+
   // Waits for requests in flight, writes everything out and gives the lock up. Returns 0 or a positive errno.
   // Only the first call does anything; no request may be made afterwards.
   virtual int close() noexcept = 0;

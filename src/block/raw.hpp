@@ -26,6 +26,9 @@ class RawImage final : public Image {
   uint64_t size() const noexcept override { return size_; }
   bool read_only() const noexcept override { return read_only_; }
   std::string_view format() const noexcept override { return "raw"; }
+  uint64_t zeros_at(uint64_t offset, uint64_t length) noexcept override {
+    return std::min(storage_->hole_at(offset), length);
+  }
   int close() noexcept override;
 
  private:

@@ -77,4 +77,11 @@ uint64_t FileStorage::allocated() const noexcept {
   return ::fstat(fd_.get(), &status) == 0 ? static_cast<uint64_t>(status.st_blocks) * 512 : 0;
 }
 
+uint64_t FileStorage::hole_at(uint64_t offset) const noexcept {
+  const off_t next = ::lseek(fd_.get(), static_cast<off_t>(offset), SEEK_DATA);
+  if (next >= 0) return static_cast<uint64_t>(next) - offset;
+  const uint64_t end = size();
+  return errno == ENXIO && end > offset ? end - offset : 0;  // a hole up to the end
+}
+
 }  // namespace lodge::block

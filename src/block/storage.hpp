@@ -34,6 +34,11 @@ class Storage {
   virtual uint64_t size() const noexcept = 0;       // bytes, as it is now
   virtual uint64_t allocated() const noexcept = 0;  // bytes that it takes on its file system
   virtual bool writable() const noexcept = 0;
+  // How many bytes from `offset` on are a hole.
+  virtual uint64_t hole_at(uint64_t offset) const noexcept {
+    static_cast<void>(offset);
+    return 0;
+  }
   virtual void close() noexcept = 0;  // ends the lock; nothing may be asked of it afterwards
   virtual const std::string& path() const noexcept = 0;  // for messages, and what relative names start from
 };
@@ -56,6 +61,7 @@ class FileStorage final : public Storage {
   int truncate(uint64_t size) noexcept override;
   uint64_t size() const noexcept override;
   uint64_t allocated() const noexcept override;
+  uint64_t hole_at(uint64_t offset) const noexcept override;
   bool writable() const noexcept override { return use_ == Use::write; }
   void close() noexcept override { fd_.reset(); }
   const std::string& path() const noexcept override { return path_; }

@@ -7,5 +7,6 @@ namespace lodge::cli {
 
 int run(const RunCommand& command);
 int doctor(const DoctorCommand& command);
+int image(const ImageCommand& command);
 
 }  // namespace lodge::cli

@@ -21,32 +21,60 @@ std::string name_of(const CLI::Option& option) {
   return names.empty() ? option.get_name() : "--" + names.front();
 }
 
+// The body of one command's case in bash: its options' values, then its words. A group of commands, like
+// image, completes the next word, and then the command named there.
+std::string bash_body(const CLI::App& command, unsigned depth) {
+  if (const auto inner = subcommands(command); !inner.empty()) {
+    std::string names, cases;
+    for (const auto* sub : inner) {
+      names += " " + sub->get_name();
+      cases += fmt::format("    {})\n{}", sub->get_name(), bash_body(*sub, depth + 1));
+    }
+    return fmt::format(R"(      if [ "$COMP_CWORD" -eq {0} ]; then
+        COMPREPLY=($(compgen -W '{1}' -- "$word"))
+        return
+      fi
+      case ${{COMP_WORDS[{0}]}} in
+{2}      esac ;;
+)",
+                       depth, names.substr(1), cases);
+  }
+  std::string words, values;
+  bool files = false;
+  for (const auto* option : command.get_options()) {
+    const std::string name = name_of(*option);
+    const Values known = detail::values_of(name);
+    if (option->get_positional()) {
+      words += fmt::format(" {}", fmt::join(known.words, " "));
+      files |= known.file;
+      continue;
+    }
+    words += " " + name;
+    if (known.file)
+      values += fmt::format(
+          "        {}) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$word\")); return ;;\n", name);
+    else if (!known.words.empty())
+      values += fmt::format("        {}) COMPREPLY=($(compgen -W '{}' -- \"$word\")); return ;;\n", name,
+                            fmt::join(known.words, " "));
+    else if (option->get_items_expected_max() > 0)
+      values += fmt::format("        {}) return ;;\n", name);
+  }
+  std::string body;
+  if (!values.empty()) body += fmt::format("      case $previous in\n{}      esac\n", values);
+  body +=
+      fmt::format("      COMPREPLY=($(compgen -W '{}' -- \"$word\"))", words.substr(words.empty() ? 0 : 1));
+  if (files)
+    body +=
+        "\n      [[ $word == -* ]] || { compopt -o filenames 2>/dev/null; COMPREPLY=($(compgen -f -- "
+        "\"$word\")); }";
+  return body + " ;;\n";
+}
+
 std::string bash(const CLI::App& app) {
   std::string cases, names;
   for (const auto* sub : subcommands(app)) {
-    std::string words, values;
-    for (const auto* option : sub->get_options()) {
-      const std::string name = name_of(*option);
-      const Values known = detail::values_of(name);
-      if (option->get_positional()) {
-        words += fmt::format(" {}", fmt::join(known.words, " "));
-        continue;
-      }
-      words += " " + name;
-      if (known.file)
-        values += fmt::format(
-            "        {}) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$word\")); return ;;\n", name);
-      else if (!known.words.empty())
-        values += fmt::format("        {}) COMPREPLY=($(compgen -W '{}' -- \"$word\")); return ;;\n", name,
-                              fmt::join(known.words, " "));
-      else if (option->get_items_expected_max() > 0)
-        values += fmt::format("        {}) return ;;\n", name);
-    }
     names += " " + sub->get_name();
-    cases += fmt::format("    {})\n", sub->get_name());
-    if (!values.empty()) cases += fmt::format("      case $previous in\n{}      esac\n", values);
-    cases += fmt::format("      COMPREPLY=($(compgen -W '{}' -- \"$word\")) ;;\n",
-                         words.substr(words.empty() ? 0 : 1));
+    cases += fmt::format("    {})\n{}", sub->get_name(), bash_body(*sub, 2));
   }
   // The colon of file:PATH breaks words in bash; the value is completed up to it.
   return fmt::format(R"(_lodge() {{
@@ -70,49 +98,89 @@ std::string quoted(std::string text) {
   return text;
 }
 
-std::string zsh(const CLI::App& app) {
-  const auto escaped = [](std::string text) {
-    for (size_t at = 0; (at = text.find_first_of(":[]", at)) != std::string::npos; at += 2)
-      text.insert(at, 1, '\\');
-    return quoted(text);
-  };
+std::string zsh_escaped(std::string text) {
+  for (size_t at = 0; (at = text.find_first_of(":[]", at)) != std::string::npos; at += 2)
+    text.insert(at, 1, '\\');
+  return quoted(text);
+}
+
+std::string zsh_arguments(const CLI::App& command) {
+  std::string text = "      _arguments";
+  for (const auto* option : command.get_options()) {
+    const std::string name = name_of(*option);
+    const Values known = detail::values_of(name);
+    std::string action;
+    if (known.file)
+      action = ":file:_files";
+    else if (!known.words.empty())
+      action = fmt::format(":value:({})", zsh_escaped(fmt::format("{}", fmt::join(known.words, " "))));
+    else if (option->get_items_expected_max() > 0)
+      action = ":value:";
+    text += option->get_positional() ? fmt::format(" \\\n        '*{}'", action.empty() ? ":value:" : action)
+                                     : fmt::format(" \\\n        '*{}[{}]{}'", name,
+                                                   zsh_escaped(option->get_description()), action);
+  }
+  return text + " ;;\n";
+}
+
+// A choice among commands, and what each of them completes; groups of commands nest.
+std::string zsh_choice(const CLI::App& app) {
   std::string names, cases;
   for (const auto* sub : subcommands(app)) {
-    names += fmt::format("    '{}:{}'\n", sub->get_name(), escaped(sub->get_description()));
-    cases += fmt::format("    {})\n      _arguments", sub->get_name());
-    for (const auto* option : sub->get_options()) {
-      const std::string name = name_of(*option);
-      const Values known = detail::values_of(name);
-      std::string action;
-      if (known.file)
-        action = ":file:_files";
-      else if (!known.words.empty())
-        action = fmt::format(":value:({})", escaped(fmt::format("{}", fmt::join(known.words, " "))));
-      else if (option->get_items_expected_max() > 0)
-        action = ":value:";
-      cases += option->get_positional() ? fmt::format(" \\\n        '1{}'", action)
-                                        : fmt::format(" \\\n        '*{}[{}]{}'", name,
-                                                      escaped(option->get_description()), action);
-    }
-    cases += " ;;\n";
+    names += fmt::format("    '{}:{}'\n", sub->get_name(), zsh_escaped(sub->get_description()));
+    cases += fmt::format("    {})\n{}", sub->get_name(),
+                         subcommands(*sub).empty() ? zsh_arguments(*sub) : zsh_choice(*sub) + "      ;;\n");
   }
-  return fmt::format(R"(#compdef lodge
-_lodge() {{
-  local -a commands=(
+  return fmt::format(R"(  commands=(
 {}  )
   if (( CURRENT == 2 )); then
     _describe command commands
     return
   fi
-  local command=$words[2]
+  command=$words[2]
   shift words
   (( CURRENT-- ))
   case $command in
 {}  esac
-}}
-compdef _lodge lodge
 )",
                      names, cases);
+}
+
+std::string zsh(const CLI::App& app) {
+  return fmt::format(
+      "#compdef lodge\n_lodge() {{\n  local -a commands\n  local command\n{}}}\ncompdef _lodge lodge\n",
+      zsh_choice(app));
+}
+
+// Options of `command`, offered under the condition `when`; of a group, its commands, and then theirs.
+std::string fish_command(const CLI::App& command, const std::string& when) {
+  std::string text;
+  for (const auto* sub : subcommands(command)) {
+    text += fmt::format("complete -c lodge -n '{}' -a {} -d '{}'\n", when, sub->get_name(),
+                        quoted(sub->get_description()));
+    text += fish_command(*sub, fmt::format("{}; and __fish_seen_subcommand_from {}", when, sub->get_name()));
+  }
+  if (!text.empty()) return text;
+  for (const auto* option : command.get_options()) {
+    const std::string name = name_of(*option);
+    const Values known = detail::values_of(name);
+    const std::string words = fmt::format("{}", fmt::join(known.words, " "));
+    if (option->get_positional()) {
+      text += known.file ? fmt::format("complete -c lodge -n '{}' -F\n", when)
+                         : fmt::format("complete -c lodge -n '{}' -a '{}'\n", when, words);
+      continue;
+    }
+    text += fmt::format("complete -c lodge -n '{}' -l {} -d '{}'", when, name.substr(2),
+                        quoted(option->get_description()));
+    if (known.file)
+      text += " -r -F";
+    else if (!words.empty())
+      text += fmt::format(" -x -a '{}'", words);
+    else if (option->get_items_expected_max() > 0)
+      text += " -x";
+    text += "\n";
+  }
+  return text;
 }
 
 std::string fish(const CLI::App& app) {
@@ -120,25 +188,7 @@ std::string fish(const CLI::App& app) {
   for (const auto* sub : subcommands(app)) {
     text += fmt::format("complete -c lodge -n __fish_use_subcommand -a {} -d '{}'\n", sub->get_name(),
                         quoted(sub->get_description()));
-    const std::string when =
-        fmt::format("complete -c lodge -n '__fish_seen_subcommand_from {}'", sub->get_name());
-    for (const auto* option : sub->get_options()) {
-      const std::string name = name_of(*option);
-      const Values known = detail::values_of(name);
-      const std::string words = fmt::format("{}", fmt::join(known.words, " "));
-      if (option->get_positional()) {
-        text += fmt::format("{} -a '{}'\n", when, words);
-        continue;
-      }
-      text += fmt::format("{} -l {} -d '{}'", when, name.substr(2), quoted(option->get_description()));
-      if (known.file)
-        text += " -r -F";
-      else if (!words.empty())
-        text += fmt::format(" -x -a '{}'", words);
-      else if (option->get_items_expected_max() > 0)
-        text += " -x";
-      text += "\n";
-    }
+    text += fish_command(*sub, "__fish_seen_subcommand_from " + sub->get_name());
   }
   return text;
 }

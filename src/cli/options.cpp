@@ -18,6 +18,7 @@ Examples:
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
+  lodge image create disk.qcow2 20G
   lodge doctor
   source <(lodge completion bash)
 )";
@@ -94,6 +95,8 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   auto* doctor = app->add_subcommand("doctor", "Report what this host offers and which accelerator fits");
   doctor->add_flag("--json", raw.doctor_json, "print the report as JSON");
 
+  describe_image(*app, raw.image);
+
   auto* completion = app->add_subcommand("completion", "Print a shell's completion script");
   completion->add_option("shell", raw.shell, "bash, zsh or fish")->required();
   return app;
@@ -103,6 +106,12 @@ Values values_of(const std::string& option) {
   if (option == "--kernel" || option == "--initrd") return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
+  if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
+  if (option == "--format" || option == "--source-format" || option == "--backing-format")
+    return {{"raw", "qcow2"}, false};
+  if (option == "--repair") return {{"leaks", "all"}, false};
+  if (option == "--compression") return {{"zlib", "zstd"}, false};
+  if (option == "--preallocation") return {{"off", "full"}, false};
   if (option == "--serial") return {{"stdio", "file:", "pty", "null"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
@@ -147,7 +156,12 @@ RunCommand understand_run(const detail::RawOptions& raw) {
 // The subcommand that was named, or else the program: whose help is meant.
 const CLI::App* innermost(const CLI::App& app) {
   const auto chosen = app.get_subcommands();
-  return chosen.empty() ? &app : chosen.front();
+  return chosen.empty() ? &app : innermost(*chosen.front());
+}
+
+// "lodge image create": how one gets to a subcommand.
+std::string words_to(const CLI::App& app) {
+  return app.get_parent() ? words_to(*app.get_parent()) + " " + app.get_name() : app.get_name();
 }
 
 }  // namespace
@@ -158,7 +172,7 @@ Command parse_command_line(std::span<const char* const> arguments) {
   const auto known = app->get_subcommands([](const CLI::App*) { return true; });
   if (arguments.size() > 1 && arguments[1][0] != '-' &&
       std::ranges::none_of(known, [&](const auto* sub) { return sub->check_name(arguments[1]); })) {
-    usage_error("unknown command '{}'; there are run, doctor and completion, see 'lodge --help'",
+    usage_error("unknown command '{}'; there are run, image, doctor and completion, see 'lodge --help'",
                 arguments[1]);
   }
   // CLI11 takes the words in reverse order and without the program's name.
@@ -170,14 +184,15 @@ Command parse_command_line(std::span<const char* const> arguments) {
     return PrintCommand{std::string(call.what()) + "\n"};
   } catch (const CLI::CallForHelp&) {
     const auto* meant = innermost(*app);
-    return PrintCommand{meant->help(meant == app.get() ? "" : "lodge")};
+    return PrintCommand{meant->help(meant == app.get() ? "" : words_to(*meant->get_parent()))};
   } catch (const CLI::ParseError& error) {
     const auto* meant = innermost(*app);
     std::string text = error.what();
     std::ranges::replace(text, '\n', ' ');
-    usage_error("{}; see 'lodge{} --help'", text, meant == app.get() ? "" : " " + meant->get_name());
+    usage_error("{}; see '{} --help'", text, words_to(*meant));
   }
   if (app->got_subcommand("run")) return understand_run(raw);
+  if (app->got_subcommand("image")) return understand_image(innermost(*app)->get_name(), raw.image);
   if (app->got_subcommand("doctor")) return DoctorCommand{raw.doctor_json};
   return CompletionCommand{raw.shell};
 }

@@ -8,6 +8,7 @@
 #include <variant>
 #include <vector>
 
+#include "cli/image_options.hpp"
 #include "vm/config.hpp"
 
 namespace lodge::cli {
@@ -27,7 +28,7 @@ struct CompletionCommand {
 struct PrintCommand {
   std::string text;
 };
-using Command = std::variant<RunCommand, DoctorCommand, CompletionCommand, PrintCommand>;
+using Command = std::variant<RunCommand, DoctorCommand, ImageCommand, CompletionCommand, PrintCommand>;
 
 // Throws UsageError with one line that names the option and the remedy.
 Command parse_command_line(std::span<const char* const> arguments);
@@ -43,6 +44,7 @@ struct RawOptions {
                               code_cache = "64M", cpu = "host", name = "lodge", shell;
   std::vector<std::string> initrds, serial, devices;
   bool no_reboot = false, stats = false, perf_map = false, run_json = false, doctor_json = false;
+  RawImageOptions image;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);
 // What may follow an option, for completions: fixed words, or a file (empty words, file set).

@@ -44,6 +44,7 @@ class Qcow2Image final : public Image {
   uint32_t discard_granularity() const noexcept override {
     return static_cast<uint32_t>(metadata_.cluster_size());
   }
+  uint64_t zeros_at(uint64_t offset, uint64_t length) noexcept override;
   int close() noexcept override;
 
   const Header& header() const { return metadata_.header(); }  // while nothing changes it

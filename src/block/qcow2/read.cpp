@@ -210,4 +210,21 @@ int Qcow2Image::map(uint64_t offset, uint64_t length, Extent& extent) noexcept {
   }
 }
 
+uint64_t Qcow2Image::zeros_at(uint64_t offset, uint64_t length) noexcept {
+  uint64_t zeros = 0;
+  while (zeros < length) {
+    Extent extent;
+    if (map(offset + zeros, length - zeros, extent) != 0) break;
+    uint64_t there = extent.content == Content::zero ? extent.length : 0;
+    if (extent.content == Content::unallocated) {
+      const uint64_t at = offset + zeros;
+      const bool backed = backing_ && at < backing_->size();
+      there = backed ? backing_->zeros_at(at, std::min(extent.length, backing_->size() - at)) : extent.length;
+    }
+    zeros += there;
+    if (there < extent.length) break;
+  }
+  return zeros;
+}
+
 }  // namespace lodge::block::qcow2

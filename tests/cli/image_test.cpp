@@ -1,0 +1,198 @@
+// lodge image, from outside.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "support/process.hpp"
+
+namespace lodge {
+namespace {
+
+using nlohmann::json;
+using testing::AllOf;
+using testing::HasSubstr;
+using testing_support::Result;
+using testing_support::Seconds;
+
+class ImageCommand : public testing::Test {
+ protected:
+  ImageCommand() { std::filesystem::create_directory(dir_); }
+  ~ImageCommand() override { std::filesystem::remove_all(dir_); }
+
+  std::string path(const std::string& name) const { return dir_ + "/" + name; }
+  static Result image(std::vector<std::string> arguments) {
+    arguments.insert(arguments.begin(), {LODGE_BINARY, "image"});
+    return testing_support::run(arguments, Seconds(60));
+  }
+  static void succeed(const std::vector<std::string>& arguments) {
+    const Result result = image(arguments);
+    ASSERT_EQ(result.status, 0) << result.err;
+  }
+  static void refuse(const std::vector<std::string>& arguments, const std::string& part) {
+    const Result result = image(arguments);
+    EXPECT_EQ(result.status, 2) << result.out;
+    EXPECT_THAT(result.err, AllOf(testing::StartsWith("lodge: "), HasSubstr(part)));
+    EXPECT_EQ(std::ranges::count(result.err, '\n'), 1) << result.err;
+  }
+  json info(const std::string& name) const {
+    const Result result = image({"info", "--json", path(name)});
+    EXPECT_EQ(result.status, 0) << result.err;
+    return json::parse(result.out, nullptr, false);
+  }
+  // Half noise that no compressor likes, half text, and a hole.
+  std::string contents() const {
+    std::string data(3 << 20, '\0');
+    uint32_t x = 1;
+    for (size_t i = 0; i < 1 << 20; i++) data[i] = static_cast<char>((x = x * 1664525 + 1013904223) >> 24);
+    for (size_t i = 2 << 20; i < 3 << 20; i++) data[i] = "lodge "[i % 6];
+    return data;
+  }
+  void write(const std::string& name, const std::string& data) const {
+    std::ofstream(path(name), std::ios::binary) << data;
+  }
+  std::string read(const std::string& name) const {
+    std::ifstream file(path(name), std::ios::binary);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+
+  std::string dir_ = testing::TempDir() + "lodge-image-" + std::to_string(getpid());
+};
+
+TEST_F(ImageCommand, CreateMakesWhatInfoTells) {
+  succeed(
+      {"create", "--cluster-size", "4K", "--lazy-refcounts", "--compression", "zstd", path("disk"), "20G"});
+  const json disk = info("disk");
+  EXPECT_EQ(disk["format"], "qcow2");
+  EXPECT_EQ(disk["virtual_size"], uint64_t{20} << 30);
+  EXPECT_EQ(disk["cluster_size"], 4096);
+  EXPECT_EQ(disk["lazy_refcounts"], true);
+  EXPECT_EQ(disk["compression"], "zstd");
+  EXPECT_LT(disk["disk_size"], 1 << 20);
+  EXPECT_THAT(image({"info", path("disk")}).out, AllOf(HasSubstr("20 GiB"), HasSubstr("qcow2, version 3")));
+}
+
+TEST_F(ImageCommand, ConvertKeepsContentsThereAndBack) {
+  write("raw", contents());
+  for (const std::vector<std::string>& more : {std::vector<std::string>{},
+                                               {"--compress"},
+                                               {"--compress", "--compression", "zstd"},
+                                               {"--subclusters"}}) {
+    std::vector<std::string> arguments{"convert", path("raw"), path("qcow2")};
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    succeed(arguments);
+    succeed({"check", path("qcow2")});
+    // The hole takes nothing, text takes little when compressed.
+    EXPECT_LT(info("qcow2")["disk_size"],
+              more.size() > 0 && more[0] == "--compress" ? 1500 << 10 : 2600 << 10);
+    succeed({"convert", "--format", "raw", path("qcow2"), path("back")});
+    EXPECT_TRUE(read("back") == contents());
+    std::filesystem::remove(path("qcow2"));
+    std::filesystem::remove(path("back"));
+  }
+}
+
+TEST_F(ImageCommand, OverlaysAreCreatedAndRebasedWithoutChangingContents) {
+  write("base", contents());
+  std::string other = contents();
+  other[5] = 'x';
+  write("other", other);
+  succeed({"create", "--backing", "base", path("overlay")});  // relative to the overlay
+  EXPECT_EQ(info("overlay")["backing_format"], "raw");
+  EXPECT_EQ(info("overlay")["virtual_size"], contents().size());
+  succeed({"rebase", "--backing", "other", path("overlay")});
+  const Result chain = image({"info", "--chain", "--json", path("overlay")});
+  EXPECT_EQ(json::parse(chain.out)[1]["file"], path("other"));
+  succeed({"convert", "--format", "raw", path("overlay"), path("back")});
+  EXPECT_TRUE(read("back") == contents());
+  succeed({"rebase", "--no-backing", path("overlay")});
+  std::filesystem::remove(path("other"));
+  std::filesystem::remove(path("back"));
+  succeed({"convert", "--format", "raw", path("overlay"), path("back")});
+  EXPECT_TRUE(read("back") == contents());
+  succeed({"check", path("overlay")});
+}
+
+TEST_F(ImageCommand, ResizeGrowsAndShrinksOnlyWhenAllowed) {
+  for (const char* format : {"raw", "qcow2"}) {
+    succeed({"create", "--format", format, path(format), "64M"});
+    succeed({"resize", path(format), "+64M"});
+    EXPECT_EQ(info(format)["virtual_size"], 128 << 20);
+    refuse({"resize", path(format), "32M"}, "--shrink");
+    succeed({"resize", "--shrink", path(format), "32M"});
+    EXPECT_EQ(info(format)["virtual_size"], 32 << 20);
+  }
+}
+
+TEST_F(ImageCommand, SnapshotsComeBack) {
+  write("raw", contents());
+  succeed({"convert", path("raw"), path("disk")});
+  succeed({"snapshot", path("disk"), "--create", "first"});
+  refuse({"snapshot", path("disk"), "--create", "first"}, "already");
+  succeed({"resize", path("disk"), "+1M"});
+  EXPECT_THAT(image({"snapshot", path("disk")}).out, HasSubstr("first"));
+  succeed({"snapshot", path("disk"), "--apply", "first"});
+  EXPECT_EQ(info("disk")["virtual_size"], contents().size());
+  succeed({"snapshot", path("disk"), "--delete", "first"});
+  refuse({"snapshot", path("disk"), "--apply", "first"}, "no snapshot");
+  succeed({"check", path("disk")});
+  succeed({"convert", "--format", "raw", path("disk"), path("back")});
+  EXPECT_TRUE(read("back") == contents());
+}
+
+TEST_F(ImageCommand, CheckFindsAndMendsLeaks) {
+  write("raw", contents());
+  succeed({"convert", path("raw"), path("disk")});
+  std::string bytes = read("disk");
+  // The first refcount block's place is in the first entry of the table, whose place is in the header.
+  const auto number = [&](size_t at) {
+    uint64_t value = 0;
+    for (size_t i = 0; i < 8; i++) value = value << 8 | static_cast<uint8_t>(bytes[at + i]);
+    return value;
+  };
+  const uint64_t block = number(number(48));
+  bytes[block + 2 * 500 + 1] = 1;  // cluster 500 is far behind the end
+  bytes[block + 2 * 6 + 1] = 2;
+  write("disk", bytes);
+  const Result found = image({"check", "--json", path("disk")});
+  EXPECT_EQ(found.status, 3);
+  EXPECT_EQ(json::parse(found.out)["leaks"], 2);
+  succeed({"check", "--repair", "all", path("disk")});
+  EXPECT_THAT(image({"check", path("disk")}).out, testing::StartsWith("no damage"));
+}
+
+TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
+  succeed({"create", path("disk"), "1M"});
+  refuse({"create", path("disk"), "1M"}, "is there already");
+  refuse({"create", path("new"), "1Q"}, "not a size");
+  refuse({"create", path("new")}, "how large");
+  refuse({"create", "--cluster-size", "3K", path("new"), "1M"}, "--cluster-size");
+  refuse({"create", "--format", "vmdk", path("new"), "1M"}, "--format");
+  refuse({"create", "--qcow2-version", "2", "--subclusters", path("new"), "1M"}, "need version 3");
+  refuse({"create", "--backing", "missing", path("new")}, "missing");
+  refuse({"info", path("missing")}, "missing");
+  write("text", "not an image");
+  refuse({"check", path("text")}, "not a qcow2 image");
+  refuse({"rebase", path("disk")}, "--no-backing");
+  EXPECT_FALSE(std::filesystem::exists(path("new")));
+}
+
+TEST_F(ImageCommand, AnImageInUseIsRefusedAndTheUserNamed) {
+  if (!std::filesystem::exists("/usr/bin/qemu-io")) GTEST_SKIP() << "qemu-io is not installed";
+  succeed({"create", path("disk"), "1M"});
+  testing_support::Process other(
+      {"/usr/bin/qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 20000", path("disk")});
+  // It says nothing that could be waited for until it ends: the lock itself is.
+  Result result = image({"resize", path("disk"), "2M"});
+  for (int i = 0; i < 100 && result.status == 0; i++) {
+    ::usleep(20000);
+    result = image({"resize", path("disk"), "+1M"});
+  }
+  EXPECT_EQ(result.status, 2);
+  EXPECT_THAT(result.err, AllOf(HasSubstr("qemu-io"), HasSubstr(std::to_string(other.pid()))));
+}
+
+}  // namespace
+}  // namespace lodge
