@@ -456,6 +456,17 @@ unsigned BlockGenerator::changeable_flags(const Block& block) {
          (block.integer_only && g_.chance(20) ? 0x4'0000 : 0);
 }
 
+// MOV of the accumulator from and to an address in the instruction.
+void BlockGenerator::emit_absolute(Block& block) {
+  const auto opcode = 0xa0 | static_cast<unsigned>(g_.below(4));
+  const auto at = static_cast<uint32_t>(address());
+  const std::array<unsigned, 4> a = {at & 0xff, at >> 8 & 0xff, at >> 16 & 0xff, at >> 24};
+  const bool added = !bits32_        ? add(block, {opcode, a[0], a[1], a[2], a[3], 0, 0, 0, 0})
+                     : g_.chance(20) ? add(block, {0x66, opcode, a[0], a[1], a[2], a[3]})
+                                     : add(block, {opcode, a[0], a[1], a[2], a[3]});
+  if (added && (opcode & 2) == 0) role_[0] = Role::data;
+}
+
 // Pushes and pops, and adjustments of RSP in all the forms that compilers and others use.
 void BlockGenerator::emit_stack(Block& block) {
   if (role_[sp] != Role::pointer) return emit_pointer(block);
@@ -629,6 +640,7 @@ void BlockGenerator::emit(Block& block) {
   if (!any(Role::pointer) || what < 6) return emit_pointer(block);
   if (what < 24) return emit_stack(block);
   if (what < 32) return emit_flow(block);
+  if (what >= 98) return emit_absolute(block);
   if (block.changes_itself && what < 36) return emit_patch(block);
   emit_from_pool(block);
 }

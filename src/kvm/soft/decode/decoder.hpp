@@ -16,6 +16,7 @@ inline constexpr uint32_t mode = 7, flat = 8, user = 0x10;
 inline constexpr unsigned tlb_shift = 5;  // two bits: which TLB set
 inline constexpr uint32_t ts = 0x80, em = 0x100, osfxsr = 0x200, avx = 0x400, avx512 = 0x800,
                           tsc_direct = 0x2000,  // RDTSC is the host's, plus an offset
+    kernel = 0x4000,                            // CPL 0
     fp_unmasked = 0x1000;                       // some x87 or SIMD exception is not masked
 }  // namespace key
 

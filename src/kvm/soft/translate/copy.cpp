@@ -130,11 +130,15 @@ void copy_registers(Emitter& e, const Instruction& i, const Standins& standins) 
   immediates(e, i);
 }
 
-void copy_memory(Emitter& e, const Instruction& i, const Standins& standins, unsigned base,
-                 int64_t disp) noexcept {
+void copy_memory(Emitter& e, const Instruction& i, const Standins& standins, int64_t disp) noexcept {
   const ZydisDecodedInstruction& insn = i.insn;
+  if ((insn.attributes & ZYDIS_ATTRIB_HAS_MODRM) == 0) {  // MOV of the accumulator, A0 to A3
+    const int size = (insn.opcode & 1) == 0 ? 1 : insn.operand_width / 8;
+    e.at_scratch((insn.opcode & 2) == 0 ? 0x8b : 0x89, 0, disp, size);
+    return;
+  }
   Fields f = fields_of(i, standins, true);
-  f.rm = base;
+  f.rm = scratch0;
   const bool evex = insn.encoding == ZYDIS_INSTRUCTION_ENCODING_EVEX;
   switch (insn.encoding) {
     case ZYDIS_INSTRUCTION_ENCODING_VEX: vex_prefix(e, insn, f); break;
@@ -144,7 +148,7 @@ void copy_memory(Emitter& e, const Instruction& i, const Standins& standins, uns
       rex_and_opcode(e, insn, f.reg, f.rm, insn.opcode);
       break;
   }
-  e.scratch_operand(f.reg, base, disp, evex);
+  e.scratch_operand(f.reg, scratch0, disp, evex);
   immediates(e, i);
 }
 

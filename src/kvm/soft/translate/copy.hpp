@@ -21,8 +21,7 @@ struct Standins {
 
 // An instruction without memory operand. At most 20 bytes.
 void copy_registers(Emitter& e, const Instruction& i, const Standins& standins) noexcept;
-// One with a memory operand, which becomes [base + disp]; `base` is a scratch register. At most 24 bytes.
-void copy_memory(Emitter& e, const Instruction& i, const Standins& standins, unsigned base,
-                 int64_t disp) noexcept;
+// One with a memory operand, which becomes [scratch0 + disp]. At most 24 bytes.
+void copy_memory(Emitter& e, const Instruction& i, const Standins& standins, int64_t disp) noexcept;
 
 }  // namespace lodge::kvm::soft

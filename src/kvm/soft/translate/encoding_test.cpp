@@ -142,7 +142,7 @@ class Copies : public testing::Test {
   std::string memory(std::initializer_list<uint8_t> bytes, int64_t disp, const Standins& standins = {},
                      bool long_mode = true) {
     const Instruction i = parse(bytes, long_mode);
-    return emitted([&](Emitter& e) { copy_memory(e, i, standins, scratch0, disp); });
+    return emitted([&](Emitter& e) { copy_memory(e, i, standins, disp); });
   }
 };
 
@@ -175,6 +175,9 @@ TEST_F(Copies, ReplaceTheMemoryOperand) {
   EXPECT_EQ(memory({0xf0, 0x48, 0x0f, 0xb1, 0x0e}, 0), "lock cmpxchg qword ptr [r10], rcx");
   EXPECT_EQ(memory({0x66, 0xc1, 0x26, 3}, 4), "shl word ptr [r10+0x04], 0x03");
   EXPECT_EQ(memory({0x0f, 0xb6, 0x06}, 0), "movzx eax, byte ptr [r10]");
+  EXPECT_EQ(memory({0xa1, 0, 0, 0, 0xc0}, 0, {}, false), "mov eax, dword ptr [r10]");
+  EXPECT_EQ(memory({0xa2, 0, 0, 0, 0xc0}, 4, {}, false), "mov byte ptr [r10+0x04], al");
+  EXPECT_EQ(memory({0x66, 0xa3, 0, 0, 0, 0xc0}, 0, {}, false), "mov word ptr [r10], ax");
   EXPECT_EQ(memory({0x66, 0x0f, 0x6f, 0x0e}, 16), "movdqa xmm1, xmmword ptr [r10+0x10]");
   EXPECT_EQ(memory({0xf3, 0x44, 0x0f, 0x6f, 0x3e}, 16), "movdqu xmm15, xmmword ptr [r10+0x10]");
   EXPECT_EQ(memory({0xc5, 0xf5, 0xfe, 0x06}, 32), "vpaddd ymm0, ymm1, ymmword ptr [r10+0x20]");

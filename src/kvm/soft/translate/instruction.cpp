@@ -247,6 +247,12 @@ void note_registers(Instruction& i) noexcept {
   }
 }
 
+// MOV of the accumulator with an address in place of ModRM.
+bool is_absolute_move(const ZydisDecodedInstruction& insn) noexcept {
+  return insn.mnemonic == ZYDIS_MNEMONIC_MOV && insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT &&
+         (insn.opcode & 0xfc) == 0xa0;
+}
+
 // Displacements that stay 32-bit ones when what RSP has moved by (at most 2 MiB in a block), or the block's
 // place in its page, is added.
 bool modest(int64_t disp) noexcept {
@@ -254,19 +260,24 @@ bool modest(int64_t disp) noexcept {
   return disp >= -limit && disp < limit;
 }
 
-// Whether the memory operand is one that translated code can reach.
-bool good_address(const Cpu& cpu, Instruction& i) noexcept {
+// Whether the memory operand is one that translated code can reach; outside 64-bit mode also one off FS or
+// GS, if their segments turn out to be as usual, else the instruction is interpreted (`checked`).
+bool good_address(const Cpu& cpu, Instruction& i, bool checked = false) noexcept {
   const Op& op = *i.op;
   if ((op.flags & Op::has_memory) == 0 || i.memory_size == 0 || i.memory_size > 64) return false;
-  if ((i.insn.attributes & ZYDIS_ATTRIB_HAS_MODRM) == 0) return false;  // absolute 64-bit addresses
-  if (!modest(op.disp)) return false;
-  if (cpu.mode() == Mode::bits64) {
-    if (op.address_size == 2) return false;
+  const bool wide = cpu.mode() == Mode::bits64;
+  const bool absolute = is_absolute_move(i.insn);
+  if ((i.insn.attributes & ZYDIS_ATTRIB_HAS_MODRM) == 0 && !absolute) return false;
+  if (!modest(wide ? op.disp : static_cast<int32_t>(op.disp))) return false;
+  if (wide) {
+    if (op.address_size == 2 || absolute) return false;
     i.narrow_address = op.address_size == 4;
     return true;
   }
   i.narrow_address = true;
-  return op.address_size == 4 && (op.segment == seg_ds || op.segment == seg_es || op.segment == seg_ss);
+  const bool thread = op.segment == seg_fs || op.segment == seg_gs;
+  return op.address_size == 4 &&
+         (op.segment == seg_ds || op.segment == seg_es || op.segment == seg_ss || (thread && checked));
 }
 
 // AH to BH cannot be named beside a REX prefix, which the patched memory operand needs.
@@ -301,8 +312,8 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
     const bool bits = insn.mnemonic == ZYDIS_MNEMONIC_BT || insn.mnemonic == ZYDIS_MNEMONIC_BTS ||
                       insn.mnemonic == ZYDIS_MNEMONIC_BTR || insn.mnemonic == ZYDIS_MNEMONIC_BTC;
     if (bits && i.has_memory() && i.operands[1].type == ZYDIS_OPERAND_TYPE_REGISTER) {
-      const bool plain =
-          cpu.mode() == Mode::bits64 && i.op->size >= 4 && i.op->address_size == 8 && i.op->src != rsp * 8;
+      const bool plain = i.op->size >= 4 && i.op->address_size == (cpu.mode() == Mode::bits64 ? 8 : 4) &&
+                         i.op->src != rsp * 8;
       return plain && good_address(cpu, i) ? Kind::bit_test : Kind::complex;
     }
   } else {
@@ -312,7 +323,7 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
     i.may_fault = i.has_memory() && aligned_by_nature(i);
   }
   if (!i.has_memory()) return Kind::copy;
-  if (!good_address(cpu, i) || names_high_byte(i)) return Kind::complex;
+  if (!good_address(cpu, i, true) || names_high_byte(i)) return Kind::complex;
   return Kind::memory;
 }
 
@@ -371,9 +382,9 @@ Kind branch_kind(const Cpu& cpu, Instruction& i) noexcept {
 
 // System instructions that need no more than their own few host instructions.
 Kind system_kind(const Cpu& cpu, const Instruction& i) noexcept {
-  const bool kernel = cpu.mode() == Mode::bits64 && (cpu.decode_key & key::user) == 0;
+  const bool kernel = (cpu.decode_key & key::kernel) != 0;
   switch (i.insn.mnemonic) {
-    case ZYDIS_MNEMONIC_SWAPGS: return kernel ? Kind::swap_gs : Kind::complex;
+    case ZYDIS_MNEMONIC_SWAPGS: return kernel && cpu.mode() == Mode::bits64 ? Kind::swap_gs : Kind::complex;
     case ZYDIS_MNEMONIC_CLI: return kernel ? Kind::clear_if : Kind::complex;
     case ZYDIS_MNEMONIC_STI: return kernel ? Kind::set_if : Kind::complex;
     case ZYDIS_MNEMONIC_CLD:
@@ -428,7 +439,7 @@ bool same_in_64_bit_code(const Cpu& cpu, const Instruction& i) noexcept {
   std::array<ZydisDecodedOperand, ZYDIS_MAX_OPERAND_COUNT> operands;
   const bool increment = i.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY &&
                          i.insn.opcode_map == ZYDIS_OPCODE_MAP_DEFAULT && (i.insn.opcode & 0xf0) == 0x40;
-  if (increment) return true;  // copied in another form
+  if (increment || is_absolute_move(i.insn)) return true;  // copied in another form
   if (!ZYAN_SUCCESS(
           ZydisDecoderDecodeFull(&decoder, i.bytes.data(), i.insn.length, &insn, operands.data())) ||
       insn.length != i.insn.length || insn.mnemonic != i.insn.mnemonic ||

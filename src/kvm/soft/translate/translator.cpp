@@ -372,6 +372,7 @@ const void* Translator::on_slow_access(Site& site) noexcept {
                                : static_cast<uint64_t>(int64_t{static_cast<int32_t>(offset)} >> 5 << 2);
     }
     if (site.segment != seg_none) linear += cpu_.segment[site.segment].base;
+    if (cpu_.mode() != Mode::bits64) linear = static_cast<uint32_t>(linear);
     if ((linear & page_mask) + site.span <= page_size) {
       unfilled = !cpu_.fill_tlb(linear, site.write);
       if (!unfilled) ++statistics_.filled;

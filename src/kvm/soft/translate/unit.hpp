@@ -97,6 +97,7 @@ class UnitEmitter {
   Site& look_up(const Access& access, unsigned n, unsigned last) noexcept;
   Site& look_up_alone(const Access& access, unsigned n) noexcept;
   void effective_address(const Access& access) noexcept;
+  void add_segment(const Access& access, Site& site) noexcept;
   void push_return_address(const Instruction& i, int64_t disp) noexcept;
 
   bool wants_native_flags(const Instruction& i, unsigned n) const noexcept;

@@ -37,10 +37,12 @@ bool ends_run(const Instruction& i) noexcept {
 
 UnitEmitter::Access UnitEmitter::operand(const Instruction& i, unsigned size,
                                          int32_t rsp_part) const noexcept {
+  const uint8_t checked =
+      i.op->segment == seg_fs || i.op->segment == seg_gs ? i.op->segment : uint8_t{seg_none};
   return {.base = i.op->base,
           .index = i.op->index,
           .scale = i.op->scale,
-          .segment = wide_ ? i.op->flat_segment : uint8_t{seg_none},
+          .segment = wide_ ? i.op->flat_segment : checked,
           .disp = static_cast<int64_t>(i.op->disp) + (i.op->base == rsp ? rsp_part : 0),
           .size = size,
           .write = i.memory_write,
@@ -150,6 +152,7 @@ void UnitEmitter::finish_run(unsigned n) noexcept {
 
 // --- look-ups
 
+// All of it but the segment's base.
 void UnitEmitter::effective_address(const Access& a) noexcept {
   unsigned base = a.base < 16 ? a.base : 16;
   unsigned index = a.index < 16 ? a.index : 16;
@@ -170,14 +173,37 @@ void UnitEmitter::effective_address(const Access& a) noexcept {
     e_.move_immediate(scratch0, a.narrow ? static_cast<uint32_t>(disp) : static_cast<uint64_t>(disp));
   else if (base != scratch0 || index < 16 || disp != 0 || a.narrow)
     e_.lea(scratch0, base, index, a.scale, disp, !a.narrow);
-  if (a.segment != seg_none)
-    e_.state(0x03, scratch0, o_.segment_base + static_cast<int64_t>(sizeof(Segment)) * a.segment);
   if (a.bit_register != gpr_zero) {
     load_guest(scratch1, a.bit_register);
     if (a.size == 4) e_.u8(0x4d), e_.u8(0x63), e_.u8(0xdb);             // movsxd r11, r11d
     e_.u8(0x49), e_.u8(0xc1), e_.u8(0xfb), e_.u8(a.size == 8 ? 6 : 5);  // sar r11
-    e_.lea(scratch0, scratch0, scratch1, a.size == 8 ? 3 : 2, 0, true);
+    e_.lea(scratch0, scratch0, scratch1, a.size == 8 ? 3 : 2, 0, wide_);
   }
+}
+
+// From the offset in scratch0 to the linear address. Outside 64-bit mode FS and GS have limits and types:
+// accesses beyond 4 GiB are the interpreter's, and all to what is not writable data of that size. Linear
+// addresses wrap there.
+void UnitEmitter::add_segment(const Access& a, Site& site) noexcept {
+  if (a.segment == seg_none) return;
+  const int64_t segment = o_.segment_base + static_cast<int64_t>(sizeof(Segment)) * a.segment;
+  static_assert(offsetof(Segment, base) == 0);
+  if (!wide_) {
+    constexpr unsigned mask = Segment::present_bit | Segment::non_system | 0xe, writable_data = 0x92;
+    const auto interpret_if_not = [&](unsigned condition) {
+      add_stub(e_.jump_if(condition ^ 1), Stubs::complex_op, &site, site.before);
+    };
+    e_.u8(0x41), e_.u8(0x83), e_.u8(0xfa), e_.u8(-a.size);                               // cmp r10d, -size
+    interpret_if_not(6);                                                                 // below or equal
+    e_.state(0x83, 7, segment + static_cast<int64_t>(offsetof(Segment, limit)), false);  // cmp dword, -1
+    e_.u8(0xff);
+    interpret_if_not(4);
+    e_.state(0x0fb7, scratch1, segment + static_cast<int64_t>(offsetof(Segment, attributes)), false);
+    e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32(mask);           // and r11d
+    e_.u8(0x41), e_.u8(0x81), e_.u8(0xfb), e_.u32(writable_data);  // cmp r11d
+    interpret_if_not(4);
+  }
+  e_.state(0x03, scratch0, segment, wide_);  // add r10, [base]
 }
 
 // The inline soft TLB; one compare covers tag, validity and page crossing.
@@ -185,6 +211,7 @@ Site& UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept 
   if (live_[n] != no_flags) store_flags();
   if (counts_) count(o_.lookups, 1);
   Site& site = new_site(n, last);
+  site.mnemonic = static_cast<uint16_t>(code_[n].insn.mnemonic);
   site.retry = e_.at();
   site.before = {.native_flags = false, .level = flow_.level};
   site.base = a.base;
@@ -207,6 +234,7 @@ Site& UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept 
   const int64_t host = entry + static_cast<int64_t>(offsetof(TlbEntry, host));
   static_assert(sizeof(TlbEntry) == 32 && offsetof(TlbSet, entry) == 0);
   effective_address(a);
+  add_segment(a, site);
   e_.move(scratch1, scratch0, false);
   e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(page_shift - 5);               // shr r11d, 7
   e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32((TlbSet::entries - 1) * 32);  // and r11d
@@ -240,7 +268,7 @@ void UnitEmitter::emit_memory(const Instruction& i, unsigned n) noexcept {
     fault = &new_fault(n, run_.active ? run_.last : n);
     if (run_.active) run_.sites.push_back(fault);
   }
-  copy_memory(e_, i, standins, scratch0, place.disp);
+  copy_memory(e_, i, standins, place.disp);
   write_back(i, standins);
   note_flags(i);
   if (place.site == nullptr) return;

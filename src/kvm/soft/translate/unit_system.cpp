@@ -87,25 +87,24 @@ void UnitEmitter::emit_push_flags(const Instruction& i, unsigned n) noexcept {
   if (place.site != nullptr) close(*place.site);
 }
 
-// Flags that steer what is outside the block are the interpreter's when they change. IF is, too, where its
-// privilege is not known. A block ends behind a change of IF, as the interpreter's does.
+// Flags that steer what is outside the block are the interpreter's when they change; so is IF but at CPL 0. A
+// block ends behind a change of IF, as the interpreter's does.
 void UnitEmitter::emit_pop_flags(const Instruction& i, unsigned n) noexcept {
   const int64_t behind = start_ + i.op->offset + i.op->length;
-  const bool moves_if = wide_ && (block_.key & key::user) == 0;
+  const bool moves_if = (block_.key & key::kernel) != 0;
   if (moves_if && !in_page(behind)) return emit_complex(n);
   const uint64_t steering = flag::tf | flag::iopl | flag::rf | flag::ac | (moves_if ? 0 : flag::if_);
   const uint64_t moved = flag::df | flag::nt | flag::id | (moves_if ? flag::if_ : 0);
-  Site& look = look_up_alone(stack_access(flow_.rsp, false), n);
+  Site& site = look_up_alone(stack_access(flow_.rsp, false), n);
+  const auto interpret = [&](uint8_t* jump) { add_stub(jump, Stubs::complex_op, &site, site.before); };
   // A miss, too: on the way of accesses nobody looks whether another mode goes on.
   stubs_.back().call = Stubs::complex_op;
-  look.mnemonic = static_cast<uint16_t>(i.insn.mnemonic);
-  Site* waits = nullptr;
-  if (moves_if) waits = &interpret_if(e_.jump_if_set(o_.event_waits), n);
+  if (moves_if) interpret(e_.jump_if_set(o_.event_waits));
   e_.load_at_scratch(scratch1, 0, word_);
   e_.move(scratch0, scratch1);
   e_.state(0x33, scratch0, o_.system_flags);                // xor r10, [system_flags]
   e_.u8(0x41), e_.u8(0xf7), e_.u8(0xc2), e_.u32(steering);  // test r10d
-  Site& steers = interpret_if(e_.jump_if(5), n);
+  interpret(e_.jump_if(5));
   e_.u8(0x41), e_.u8(0x81), e_.u8(0xe2), e_.u32(moved);  // and r10d
   e_.state(0x31, scratch0, o_.system_flags);             // xor [system_flags], r10
   e_.store(o_.target, scratch0);
@@ -129,10 +128,8 @@ void UnitEmitter::emit_pop_flags(const Instruction& i, unsigned n) noexcept {
     e_.align_displacement(1);
     exit.displacement = e_.jump();
     Emitter::patch(same, e_.at());
-    close(*waits);
   }
-  close(look);
-  close(steers);
+  close(site);
 }
 
 }  // namespace lodge::kvm::soft
