@@ -467,6 +467,16 @@ void BlockGenerator::emit_absolute(Block& block) {
   if (added && (opcode & 2) == 0) role_[0] = Role::data;
 }
 
+// push value; LDMXCSR or FLDCW [rsp]: mostly with all exceptions masked, as programs have them.
+void BlockGenerator::emit_control(Block& block) {
+  if (block.integer_only || role_[sp] != Role::pointer) return emit_pointer(block);
+  const bool x87 = g_.chance(50), masked = g_.chance(85);
+  const auto any = static_cast<unsigned>(g_.random());
+  const unsigned value = x87 ? (any & 0xf7f) | (masked ? 0x3f : 0) : (any & 0xffff) | (masked ? 0x1f80 : 0);
+  if (!add(block, {0x68, value & 0xff, value >> 8 & 0xff, 0, 0})) return;
+  x87 ? add(block, {0xd9, 0x2c, 0x24}) : add(block, {0x0f, 0xae, 0x14, 0x24});
+}
+
 // Pushes and pops, and adjustments of RSP in all the forms that compilers and others use.
 void BlockGenerator::emit_stack(Block& block) {
   if (role_[sp] != Role::pointer) return emit_pointer(block);
@@ -641,6 +651,7 @@ void BlockGenerator::emit(Block& block) {
   if (what < 24) return emit_stack(block);
   if (what < 32) return emit_flow(block);
   if (what >= 98) return emit_absolute(block);
+  if (what >= 96) return emit_control(block);
   if (block.changes_itself && what < 36) return emit_patch(block);
   emit_from_pool(block);
 }

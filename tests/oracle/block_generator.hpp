@@ -54,6 +54,7 @@ class BlockGenerator {
   void emit_from_pool(Block& block);
   void emit_stack(Block& block);
   void emit_absolute(Block& block);
+  void emit_control(Block& block);
   void emit_flow(Block& block);
   void add_counted(Block& block, unsigned kind, std::optional<unsigned> distance);
   unsigned changeable_flags(const Block& block);

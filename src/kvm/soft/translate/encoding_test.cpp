@@ -325,6 +325,12 @@ TEST_F(Analysis, KnowsTheVectorLevel) {
   EXPECT_EQ(analysed({0x66, 0x0f, 0xfe, 0xc1}).level, 1);  // paddd xmm0, xmm1
   EXPECT_EQ(analysed({0xd9, 0xe8}).level, 3);              // fld1
   EXPECT_EQ(analysed({0x0f, 0xfe, 0xc1}).level, 3);        // paddd mm0, mm1
+  EXPECT_EQ(analysed({0x0f, 0xae, 0x1e}).level, 1);        // stmxcsr [rsi]
+  EXPECT_EQ(analysed({0xd9, 0x3e}).kind, Kind::memory);    // fnstcw [rsi]
+  EXPECT_EQ(analysed({0xdf, 0xe0}).kind, Kind::copy);      // fnstsw ax
+  EXPECT_EQ(analysed({0x0f, 0xae, 0x16}).kind, Kind::load_control);
+  EXPECT_EQ(analysed({0xd9, 0x2e}).level, 3);  // fldcw [rsi]
+  EXPECT_EQ(analysed({0x9b}).kind, Kind::nothing);
   EXPECT_EQ(analysed({0x48, 0x01, 0xd8}).level, 0);
   // Aligned by nature: a misaligned operand faults natively.
   EXPECT_TRUE(analysed({0x66, 0x0f, 0x6f, 0x06}).may_fault);   // movdqa

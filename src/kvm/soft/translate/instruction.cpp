@@ -142,30 +142,22 @@ bool is_plain_x87(ZydisMnemonic mnemonic) noexcept {
 
 bool aligned_by_nature(const Instruction& i) noexcept {
   // Legacy SSE with 16-byte operands, and the aligned moves of every encoding.
-  if (i.memory_size < 16) return false;
-  if (i.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY) return true;
-  switch (i.insn.mnemonic) {
-    case ZYDIS_MNEMONIC_VMOVAPS:
-    case ZYDIS_MNEMONIC_VMOVAPD:
-    case ZYDIS_MNEMONIC_VMOVDQA:
-    case ZYDIS_MNEMONIC_VMOVDQA32:
-    case ZYDIS_MNEMONIC_VMOVDQA64:
-    case ZYDIS_MNEMONIC_VMOVNTPS:
-    case ZYDIS_MNEMONIC_VMOVNTPD:
-    case ZYDIS_MNEMONIC_VMOVNTDQ:
-    case ZYDIS_MNEMONIC_VMOVNTDQA: return true;
-    default: return false;
-  }
+  return i.memory_size >= 16 &&
+         (i.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY || simd::is_aligned_move(i.insn.mnemonic));
 }
 
 // Level and suitability of an instruction of the vector family; 0: the interpreter's.
 unsigned vector_level(const Cpu& cpu, const Instruction& i) noexcept {
   const Complex run = i.op->complex;
+  const bool x87_control = run == simd::run_fldcw || run == simd::run_fnstcw || run == simd::run_fnstsw ||
+                           run == simd::run_fnstsw_ax;
   const bool stub = run == simd::run_vector || run == simd::run_vector_fp || run == simd::run_mmx ||
-                    run == simd::run_x87 || run == simd::run_vzeroupper;
+                    run == simd::run_x87 || run == simd::run_vzeroupper || run == simd::run_ldmxcsr ||
+                    run == simd::run_stmxcsr || x87_control;
   if (!stub || (cpu.decode_key & key::fp_unmasked) != 0 || (cpu.decode_key & (key::ts | key::em)) != 0)
     return 0;
   const ZydisDecodedInstruction& insn = i.insn;
+  if (x87_control) return 3;
   if (run == simd::run_x87) return is_plain_x87(insn.mnemonic) ? 3 : 0;
   if ((cpu.decode_key & key::osfxsr) == 0) return 0;
   if (insn.mnemonic == ZYDIS_MNEMONIC_EMMS) return 0;
@@ -317,9 +309,14 @@ Kind data_kind(const Cpu& cpu, Instruction& i) noexcept {
       return plain && good_address(cpu, i) ? Kind::bit_test : Kind::complex;
     }
   } else {
+    // What is masked cannot be pending.
+    if (i.op->complex == simd::run_fwait && (cpu.decode_key & (key::fp_unmasked | key::ts)) == 0)
+      return Kind::nothing;
     const unsigned level = vector_level(cpu, i);
     if (level == 0) return Kind::complex;
     i.level = static_cast<uint8_t>(level);
+    if (i.op->complex == simd::run_ldmxcsr || i.op->complex == simd::run_fldcw)
+      return good_address(cpu, i, true) ? Kind::load_control : Kind::complex;
     i.may_fault = i.has_memory() && aligned_by_nature(i);
   }
   if (!i.has_memory()) return Kind::copy;

@@ -32,6 +32,7 @@ enum class Kind : uint8_t {
   clear_if,       // CLI at CPL 0
   set_if,         // STI at CPL 0
   read_tsc,       // RDTSC and RDTSCP
+  load_control,   // LDMXCSR and FLDCW
   read_segment,   // MOV of a segment register to a general one
   push_flags,     // PUSHF
   pop_flags,      // POPF

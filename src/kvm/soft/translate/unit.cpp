@@ -108,6 +108,7 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::push_memory: emit_push_memory(i, n); break;
     case Kind::bit_test: emit_bit_test(i, n); break;
     case Kind::string: emit_string(i, n); break;
+    case Kind::load_control: emit_load_control(i, n); break;
     case Kind::swap_gs:
     case Kind::clear_if:
     case Kind::set_if:

@@ -71,6 +71,7 @@ class UnitEmitter {
   void emit_push_flags(const Instruction& i, unsigned n) noexcept;
   void emit_pop_flags(const Instruction& i, unsigned n) noexcept;
   void emit_bit_test(const Instruction& i, unsigned n) noexcept;
+  void emit_load_control(const Instruction& i, unsigned n) noexcept;
   void emit_string(const Instruction& i, unsigned n) noexcept;
   void emit_pop(const Instruction& i, unsigned n) noexcept;
   void emit_leave(const Instruction& i, unsigned n) noexcept;

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "kvm/soft/decode/decoder.hpp"
+#include "kvm/soft/interpret/vector/host.hpp"
 #include "kvm/soft/translate/unit.hpp"
 
 namespace lodge::kvm::soft {
@@ -344,6 +345,21 @@ void UnitEmitter::emit_bit_test(const Instruction& i, unsigned n) noexcept {
   e_.u8(wide ? 0x4d : 0x45), e_.u8(0x0f), e_.u8(i.insn.opcode);
   e_.scratch_operand(scratch1, scratch0, 0, false);
   note_flags(i);
+  close(site);
+}
+
+// What unmasks an exception, or sets a reserved bit, is the interpreter's. The value is read once: another
+// processor may be writing it.
+void UnitEmitter::emit_load_control(const Instruction& i, unsigned n) noexcept {
+  const bool x87 = i.insn.mnemonic == ZYDIS_MNEMONIC_FLDCW;
+  const uint32_t masks = x87 ? 0x3f : 0x1f80;
+  Site& site = look_up_alone(operand(i, i.memory_size, flow_.rsp), n);
+  e_.load_at_scratch(scratch1, 0, x87 ? 2 : 4);
+  e_.store(o_.target, scratch1);
+  e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32(x87 ? masks : masks | ~simd::host().mxcsr_mask);  // and r11d
+  e_.u8(0x41), e_.u8(0x81), e_.u8(0xfb), e_.u32(masks);                                           // cmp r11d
+  add_stub(e_.jump_if(5), Stubs::complex_op, &site, site.before);
+  x87 ? e_.state(0xd9, 5, o_.target, false) : e_.state(0x0fae, 2, o_.target, false);
   close(site);
 }
 

@@ -189,28 +189,6 @@ bool unaligned_sse(ZydisMnemonic mnemonic) {
   }
 }
 
-bool aligned_move(ZydisMnemonic mnemonic) {
-  switch (mnemonic) {
-    case ZYDIS_MNEMONIC_MOVAPS:
-    case ZYDIS_MNEMONIC_MOVAPD:
-    case ZYDIS_MNEMONIC_MOVDQA:
-    case ZYDIS_MNEMONIC_MOVNTPS:
-    case ZYDIS_MNEMONIC_MOVNTPD:
-    case ZYDIS_MNEMONIC_MOVNTDQ:
-    case ZYDIS_MNEMONIC_MOVNTDQA:
-    case ZYDIS_MNEMONIC_VMOVAPS:
-    case ZYDIS_MNEMONIC_VMOVAPD:
-    case ZYDIS_MNEMONIC_VMOVDQA:
-    case ZYDIS_MNEMONIC_VMOVDQA32:
-    case ZYDIS_MNEMONIC_VMOVDQA64:
-    case ZYDIS_MNEMONIC_VMOVNTPS:
-    case ZYDIS_MNEMONIC_VMOVNTPD:
-    case ZYDIS_MNEMONIC_VMOVNTDQ:
-    case ZYDIS_MNEMONIC_VMOVNTDQA: return true;
-    default: return false;
-  }
-}
-
 bool is_float(ZydisElementType type) {
   return type == ZYDIS_ELEMENT_TYPE_FLOAT16 || type == ZYDIS_ELEMENT_TYPE_FLOAT32 ||
          type == ZYDIS_ELEMENT_TYPE_FLOAT64;
@@ -358,7 +336,7 @@ bool set_memory(const DecodeContext& c, Form& form) {
   form.memory_size = static_cast<uint8_t>(bytes);
   form.element_size = static_cast<uint8_t>(std::max(1, memory->element_size / 8));
   form.elements = static_cast<uint8_t>(bytes / form.element_size);
-  if (aligned_move(c.insn.mnemonic)) {
+  if (is_aligned_move(c.insn.mnemonic)) {
     form.alignment = form.memory_size;
   } else if (c.insn.encoding == ZYDIS_INSTRUCTION_ENCODING_LEGACY && bytes == 16 &&
              !unaligned_sse(c.insn.mnemonic) &&
@@ -371,6 +349,28 @@ bool set_memory(const DecodeContext& c, Form& form) {
 }
 
 }  // namespace
+
+bool simd::is_aligned_move(ZydisMnemonic mnemonic) noexcept {
+  switch (mnemonic) {
+    case ZYDIS_MNEMONIC_MOVAPS:
+    case ZYDIS_MNEMONIC_MOVAPD:
+    case ZYDIS_MNEMONIC_MOVDQA:
+    case ZYDIS_MNEMONIC_MOVNTPS:
+    case ZYDIS_MNEMONIC_MOVNTPD:
+    case ZYDIS_MNEMONIC_MOVNTDQ:
+    case ZYDIS_MNEMONIC_MOVNTDQA:
+    case ZYDIS_MNEMONIC_VMOVAPS:
+    case ZYDIS_MNEMONIC_VMOVAPD:
+    case ZYDIS_MNEMONIC_VMOVDQA:
+    case ZYDIS_MNEMONIC_VMOVDQA32:
+    case ZYDIS_MNEMONIC_VMOVDQA64:
+    case ZYDIS_MNEMONIC_VMOVNTPS:
+    case ZYDIS_MNEMONIC_VMOVNTPD:
+    case ZYDIS_MNEMONIC_VMOVNTDQ:
+    case ZYDIS_MNEMONIC_VMOVNTDQA: return true;
+    default: return false;
+  }
+}
 
 std::optional<Plan> simd::plan_stub(const DecodeContext& c, Op& op) {
   Form form;

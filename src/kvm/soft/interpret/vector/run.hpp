@@ -14,6 +14,9 @@ Step run_vector_fp(Cpu& cpu, const Op& op) noexcept;  // uses and sets MXCSR
 Step run_mmx(Cpu& cpu, const Op& op) noexcept;        // touches an MMX register
 Step run_fence(Cpu& cpu, const Op& op) noexcept;
 
+// decode.cpp: moves whose memory operand has to be aligned to its size.
+bool is_aligned_move(ZydisMnemonic mnemonic) noexcept;
+
 // control.cpp: Op::src is 1 for VEX forms where both exist.
 Step run_ldmxcsr(Cpu& cpu, const Op& op) noexcept;
 Step run_stmxcsr(Cpu& cpu, const Op& op) noexcept;
