@@ -67,6 +67,7 @@ class EventLoop {
 
  private:
   struct Entry {
+    Entry(int descriptor, Callback function) : fd(descriptor), callback(std::move(function)) {}
     int fd;
     Callback callback;
   };
