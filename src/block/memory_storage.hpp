@@ -50,6 +50,7 @@ class MemoryStorage final : public Storage {
     done(change(kind, offset, length));
   }
   int read(void* data, size_t size, uint64_t offset) noexcept override {
+    if (size == 0) return 0;
     const std::lock_guard lock(disk_->mutex);
     const auto& bytes = disk_->bytes;
     const size_t there = offset >= bytes.size() ? 0 : std::min<uint64_t>(size, bytes.size() - offset);

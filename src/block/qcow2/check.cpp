@@ -258,9 +258,16 @@ class Checker {
       if (c >= counts_.end()) break;
       if (counts_.get(c) == 0) continue;
       corrupt(fmt::format("cluster {:#x} is in use and not counted", c << header_.cluster_bits));
-      missing_++;
       rebuild_ = true;
     }
+  }
+
+  // Narrow counts cannot say how many snapshots share a cluster: then there is nothing that could be mended.
+  bool representable(uint64_t count) {
+    const unsigned bits = header_.refcount_bits();
+    const bool fits = bits >= 64 || count >> bits == 0;
+    if (!fits) too_narrow_++;
+    return fits;
   }
 
   // Whether the block was changed.
@@ -276,7 +283,7 @@ class Checker {
       result_.leaks_fixed++;
     } else {
       corrupt(text);
-      if (repair_ != Repair::all) return false;
+      if (repair_ != Repair::all || !representable(used)) return false;
       result_.corruptions_fixed++;
     }
     put_count(block, index, used);
@@ -309,7 +316,7 @@ class Checker {
       bool used = false;
       for (uint64_t i = 0; i < per_block; i++) {
         const uint64_t count = counts_.get(index * per_block + i);
-        if (count) put_count(block, i, count), used = true;
+        if (count) put_count(block, i, representable(count) ? count : 1), used = true;
       }
       const uint64_t at = (start + table + index) << header_.cluster_bits;
       if (used || index + 1 == blocks) store_be(entries.data() + index * 8, at);
@@ -321,7 +328,7 @@ class Checker {
     store_be(fields, start << header_.cluster_bits);
     store_be(fields + 8, static_cast<uint32_t>(table));
     write(fields, sizeof fields, 48);
-    result_.corruptions_fixed = result_.corruptions;
+    result_.corruptions_fixed = result_.corruptions - std::min(too_narrow_, result_.corruptions);
   }
 
   // The "copied" flags of the active tables.
@@ -378,7 +385,7 @@ class Checker {
   std::vector<SnapshotInfo> snapshots_;
   std::map<uint64_t, Table> l2_;
   bool rebuild_ = false;
-  uint64_t missing_ = 0;
+  uint64_t too_narrow_ = 0;
 };
 
 }  // namespace
