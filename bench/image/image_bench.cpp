@@ -134,7 +134,7 @@ double qemu_seconds(const Case& c, const std::string& path, bool qcow2, const st
 
 using Results = std::map<std::string, double>;
 
-Results measure(const Case& c, const std::string& directory, unsigned rounds) {
+Results measure(const Case& c, const std::string& directory, unsigned rounds, Engine engine) {
   Results best;
   const auto keep = [&](const std::string& name, double seconds) {
     auto [it, added] = best.emplace(name, seconds);
@@ -148,7 +148,7 @@ Results measure(const Case& c, const std::string& directory, unsigned rounds) {
         if (c.fresh || round == 0) make(path, qcow2, c.fresh);
       };
       prepare();
-      keep("lodge " + kind, lodge_seconds(c, path, qcow2, Engine::automatic));
+      keep("lodge " + kind, lodge_seconds(c, path, qcow2, engine));
       if (!qemu) continue;
       for (const char* aio : {"threads", "io_uring"}) {
         prepare();
@@ -165,7 +165,8 @@ int main(int argc, char** argv) {
   CLI::App app("Disk images side by side: Lodge's raw and qcow2, and qemu-img bench");
   unsigned rounds = 3;
   std::string only, directory = "/var/tmp";
-  bool json = false;
+  bool json = false, threads = false;
+  app.add_flag("--threads", threads, "Lodge without io_uring");
   app.add_option("--rounds", rounds, "the minimum of so many")->capture_default_str();
   app.add_option("--only", only, "cases whose name contains this");
   app.add_option("--directory", directory, "where the images are made")->capture_default_str();
@@ -180,7 +181,8 @@ int main(int argc, char** argv) {
                  "qcow2/raw", "qemu raw", "qemu qcow2", "lodge/qemu");
     for (const auto& c : cases) {
       if (std::string(c.name).find(only) == std::string::npos) continue;
-      const Results seconds = measure(c, temporary / "", rounds);
+      const Results seconds =
+          measure(c, temporary / "", rounds, threads ? Engine::threads : Engine::automatic);
       const auto rate = [&](const char* name) {
         const auto it = seconds.find(name);
         return it == seconds.end() ? 0.0 : c.count / it->second;

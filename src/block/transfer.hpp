@@ -3,6 +3,7 @@
 
 #include <sys/uio.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -68,6 +69,15 @@ class TransferEngine {
   virtual void plug() noexcept {}
   virtual void unplug() noexcept {}
   virtual std::string_view name() const noexcept = 0;
+
+ protected:
+  // What the page cache can do at once is done on the caller's thread, which is faster than any hand-over:
+  // reads of what is there, and small writes, as long as the kernel does not make writers wait for the disk.
+  // True when `transfer` has been completed; otherwise it is what is left to do.
+  bool complete_at_once(Transfer& transfer) noexcept;
+
+ private:
+  std::atomic<int64_t> slow_until_ = 0;  // nanoseconds of the steady clock: writes have been found to wait
 };
 
 class ThreadEngine final : public TransferEngine {

@@ -8,8 +8,6 @@
 #include <climits>
 #include <cstring>
 
-#include "block/requests.hpp"
-
 namespace lodge::block {
 
 std::shared_ptr<UringEngine> UringEngine::create(int& error) {
@@ -36,7 +34,9 @@ UringEngine::~UringEngine() {
 }
 
 void UringEngine::submit(Transfer transfer) noexcept {
-  if (read_cached(transfer)) return transfer.done(0);
+  if (complete_at_once(transfer)) return;
+  if (transfer.kind == Transfer::Kind::write)
+    return threads_.run([t = std::move(transfer)]() mutable { t.done(execute(t)); });
   enqueue(std::make_unique<Transfer>(std::move(transfer)));
 }
 
@@ -49,13 +49,13 @@ void UringEngine::enqueue(std::unique_ptr<Transfer> transfer) noexcept {
   }
   if (!sqe) {  // the kernel takes nothing at the moment
     lock.unlock();
-    return leftovers_.run([t = std::move(transfer)] { t->done(execute(*t)); });
+    return threads_.run([t = std::move(transfer)] { t->done(execute(*t)); });
   }
   Transfer& t = *transfer;
   const auto count = static_cast<unsigned>(std::min<size_t>(t.buffers.size(), IOV_MAX));
   switch (t.kind) {
     case Transfer::Kind::read: io_uring_prep_readv(sqe, t.fd, t.buffers.data(), count, t.offset); break;
-    case Transfer::Kind::write: io_uring_prep_writev(sqe, t.fd, t.buffers.data(), count, t.offset); break;
+    case Transfer::Kind::write: break;  // does not come here
     case Transfer::Kind::sync: io_uring_prep_fsync(sqe, t.fd, IORING_FSYNC_DATASYNC); break;
     case Transfer::Kind::punch:
     case Transfer::Kind::erase:
@@ -101,21 +101,17 @@ void UringEngine::collect() noexcept {
 void UringEngine::end(std::unique_ptr<Transfer> transfer, int result) noexcept {
   Transfer& t = *transfer;
   if (result == -EINTR || result == -EAGAIN) return enqueue(std::move(transfer));
-  if (t.kind == Transfer::Kind::read || t.kind == Transfer::Kind::write) {
+  if (t.kind == Transfer::Kind::read) {
     if (result < 0) return t.done(-result);
-    if (result > 0) {
-      drop_front(t.buffers, static_cast<size_t>(result));
-      t.offset += static_cast<unsigned>(result);
-      if (!t.buffers.empty()) return enqueue(std::move(transfer));
-      return t.done(0);
-    }
-    if (t.kind == Transfer::Kind::write) return t.done(total_length(t.buffers) == 0 ? 0 : ENOSPC);
+    drop_front(t.buffers, static_cast<size_t>(result));
+    t.offset += static_cast<unsigned>(result);
+    if (result > 0 && !t.buffers.empty()) return enqueue(std::move(transfer));
     for (const auto& buffer : t.buffers) std::memset(buffer.iov_base, 0, buffer.iov_len);  // beyond the end
     return t.done(0);
   }
   // What the file system cannot do has other ways, which may take long.
   if (result < 0 && t.kind != Transfer::Kind::sync)
-    return leftovers_.run([taken = std::move(transfer)] { taken->done(execute(*taken)); });
+    return threads_.run([taken = std::move(transfer)] { taken->done(execute(*taken)); });
   t.done(-result);
 }
 

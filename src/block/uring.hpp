@@ -1,4 +1,8 @@
 // Transfers by io_uring: one ring, whose completions one thread collects.
+//
+// Writes that the page cache does not take at once go to threads of our own: the kernel would give them to
+// its own threads, one at a time for a file, and filling holes 1 MiB at a time was ten times slower that way
+// (500 against 5,400 MiB/s, Linux 6.18, ext4).
 #pragma once
 
 #include <liburing.h>
@@ -31,7 +35,7 @@ class UringEngine final : public TransferEngine {
   std::mutex mutex_;         // the submission queue and what follows
   std::thread::id plugged_;  // the thread whose batch is being gathered
   std::thread collector_;
-  WorkerPool leftovers_{2};  // what the ring cannot do
+  WorkerPool threads_{4};  // for what the ring cannot do, or not well
 };
 
 }  // namespace lodge::block
