@@ -61,6 +61,7 @@ void Qcow2Image::start(Request::Kind kind, std::span<const iovec> buffers, uint6
   if (offset > size || length > size - offset) return done(EINVAL);
   if (change && read_only_) return done(EROFS);
   if (length == 0) return done(0);
+  if (direct(kind, buffers, offset, length, done)) return;
   auto request = std::make_shared<Request>();
   request->kind = kind;
   request->buffers.assign(buffers.begin(), buffers.end());
@@ -77,6 +78,37 @@ void Qcow2Image::start(Request::Kind kind, std::span<const iovec> buffers, uint6
     active_++;
   }
   proceed(std::move(request), false);
+}
+
+// The common case, with as little as possible around it: one row of data where it is to stay. False: the
+// request is for the long way, and `done` still the caller's.
+bool Qcow2Image::direct(Request::Kind kind, std::span<const iovec> buffers, uint64_t offset, uint64_t length,
+                        Completion& done) noexcept {
+  const bool write = kind == Request::Kind::write;
+  if (kind != Request::Kind::read && !(write && bitmaps_marked_)) return false;
+  Run run;
+  uint64_t epoch = 0;
+  {
+    const Lock lock(metadata_.mutex());
+    if (exclusive_ || find_run(offset, length, run) != 0) return false;
+    if (run.kind != Run::Kind::data || run.length != length) return false;
+    if (write && (!run.writable || !may_write(run))) return false;
+    active_++;
+    epoch = metadata_.enter_epoch();
+  }
+  auto ended = [this, epoch, done = std::move(done)](int error) mutable {
+    done(error);
+    done = nullptr;
+    const Lock lock(metadata_.mutex());
+    metadata_.leave_epoch(epoch);
+    if (--active_ == 0) idle_.notify_all();
+  };
+  std::vector<iovec> list(buffers.begin(), buffers.end());
+  if (write)
+    data().write(std::move(list), run.host, std::move(ended));
+  else
+    data().read(std::move(list), run.host, std::move(ended));
+  return true;
 }
 
 void Qcow2Image::to_worker(RequestPtr request) noexcept {
@@ -257,7 +289,7 @@ int Qcow2Image::close() noexcept {
   if (std::exchange(closed_, true)) return 0;
   {
     Lock lock(metadata_.mutex());
-    idle_.wait(lock, [this] { return !committing_; });
+    idle_.wait(lock, [this] { return !committing_ && active_ == 0; });
   }
   const int error = read_only_ ? 0 : metadata_.close();
   storage_->close();

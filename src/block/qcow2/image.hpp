@@ -94,6 +94,8 @@ class Qcow2Image final : public Image {
   Storage& data() const { return data_ ? *data_ : *storage_; }
   void start(Request::Kind kind, std::span<const iovec> buffers, uint64_t offset, uint64_t length, bool unmap,
              Completion done) noexcept;
+  bool direct(Request::Kind kind, std::span<const iovec> buffers, uint64_t offset, uint64_t length,
+              Completion& done) noexcept;
   void proceed(RequestPtr request, bool worker) noexcept;
   void to_worker(RequestPtr request) noexcept;
   void part_ended(const RequestPtr& request, int error) noexcept;
@@ -121,6 +123,7 @@ class Qcow2Image final : public Image {
   int read_old(Lock& lock, uint64_t offset, std::span<uint8_t> to);
 
   // write.cpp
+  bool may_write(const Run& run) const;
   int overwrite(Lock& lock, const RequestPtr& request, uint64_t limit);
   int provide(Lock& lock, const RequestPtr& request, uint64_t limit, bool worker);
   int plan_piece(L2Table& table, uint64_t from, uint64_t to, Piece& piece);

@@ -16,16 +16,20 @@ int Qcow2Image::write_step(Lock& lock, const RequestPtr& request, uint64_t limit
   return error == EAGAIN && worker ? load(lock, l1_index(offset)) : error;
 }
 
+// A damaged image must not make us write over its tables.
+bool Qcow2Image::may_write(const Run& run) const {
+  if (header().external_data()) return true;
+  const uint64_t size = metadata_.cluster_size();
+  for (uint64_t at = run.host & ~(size - 1); at < run.host + run.length; at += size)
+    if (!metadata_.plausible(at, true)) return false;
+  return true;
+}
+
 int Qcow2Image::overwrite(Lock& lock, const RequestPtr& request, uint64_t limit) {
   const uint64_t offset = request->offset + request->at;
   Run run;
   find_run(offset, limit, run);
-  if (!header().external_data()) {
-    // A damaged image must not make us write over its tables.
-    const uint64_t size = metadata_.cluster_size();
-    for (uint64_t at = run.host & ~(size - 1); at < run.host + run.length; at += size)
-      if (!metadata_.plausible(at, true)) return EIO;
-  }
+  if (!may_write(run)) return EIO;
   const uint64_t at = request->at, epoch = metadata_.enter_epoch();
   request->at += run.length;
   request->pending++;
