@@ -123,7 +123,11 @@ void Qcow2Image::proceed(RequestPtr request, bool worker) noexcept {
     if (const int error = mark_bitmaps_in_use()) request->error = error;
     lock.lock();
   }
-  while (request->at < request->length && request->error == 0) {
+  for (unsigned steps = 1; request->at < request->length && request->error == 0; steps++) {
+    if (steps % 1024 == 0) {  // let others in between
+      lock.unlock();
+      lock.lock();
+    }
     int error = 0;
     switch (request->kind) {
       case Request::Kind::read: error = read_step(lock, request, worker); break;

@@ -90,6 +90,13 @@ int Qcow2Image::change_step(Lock& lock, const RequestPtr& request, bool worker) 
     lock.lock();
     return 0;
   }
+  // Nothing is there and nothing shows through: a large disk has many such gigabytes.
+  const uint64_t index = l1_index(offset);
+  if (whole && (metadata_.l1()[index] & entry_offset) == 0 && (discard || !backing_) &&
+      !header().raw_external_data()) {
+    request->at += std::min((index + 1) * l2_entries_ * size, end) - offset;
+    return 0;
+  }
   int error = EDOM;
   if (whole)
     error = change_cluster(lock, request, offset);
@@ -100,7 +107,7 @@ int Qcow2Image::change_step(Lock& lock, const RequestPtr& request, bool worker) 
   else if (error == 0)
     error = EDOM;
   if (error == EDOM) return write_step(lock, request, length, worker);
-  if (error == EAGAIN && worker) return load(lock, l1_index(offset));
+  if (error == EAGAIN && worker) return load(lock, index);
   if (error == 0) request->at += length;
   return error;
 }

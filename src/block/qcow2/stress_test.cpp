@@ -1,0 +1,196 @@
+// Many threads at once, and processes that are killed.
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+
+#include <csignal>
+#include <random>
+#include <thread>
+
+#include "base/error.hpp"
+#include "block/qcow2/check.hpp"
+#include "block/qcow2/create.hpp"
+#include "block/qcow2/image.hpp"
+#include "block/temporary_directory.hpp"
+
+namespace lodge::block::qcow2 {
+namespace {
+
+constexpr uint64_t sector = 512;
+
+class Stress : public testing::TestWithParam<bool> {  // subclusters
+ protected:
+  void make(uint64_t size, bool backing) {
+    CreateOptions options;
+    options.size = size;
+    options.cluster_bits = 14;
+    options.extended_l2 = GetParam();
+    if (backing) {
+      const std::string base = directory_ / "base";
+      FileStorage storage(Fd(::open(base.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)), base, Use::write,
+                          make_engine(Engine::threads));
+      const std::vector<uint32_t> ones(size / 4, 1);
+      storage.write(ones.data(), size, 0);
+      options.backing_file = "base";
+      options.backing_format = "raw";
+    }
+    FileStorage storage(Fd(::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)), path_, Use::write,
+                        make_engine(Engine::threads));
+    create(storage, options);
+  }
+  CheckResult check_file() const {
+    FileStorage storage(path_, Use::read, true, make_engine(Engine::threads));
+    return check(storage, Repair::none);
+  }
+  TemporaryDirectory directory_;
+  std::string path_ = directory_ / "disk";
+};
+
+INSTANTIATE_TEST_SUITE_P(Shapes, Stress, testing::Bool(),
+                         [](const auto& instance) { return instance.param ? "Subclusters" : "Plain"; });
+
+// Each thread has every n-th sector for itself, so that all meet in every cluster, and knows what its sectors
+// hold.
+TEST_P(Stress, ThreadsInTheSameClustersDoNotDisturbEachOther) {
+  constexpr unsigned threads = 6, rounds = 400;
+  constexpr uint64_t size = 2 << 20, sectors = size / sector;
+  make(size, true);
+  const auto image = open_image(path_, {});
+  auto& qcow2 = dynamic_cast<Qcow2Image&>(*image);
+  std::atomic<unsigned> wrong = 0, running = threads;
+  const auto work = [&](unsigned self) {
+    std::mt19937 random(self);
+    std::vector<uint32_t> expected(sectors, 1);
+    std::vector<uint32_t> data(sector / 4);
+    for (unsigned round = 0; round < rounds; round++) {
+      const uint64_t at = random() % (sectors / threads) * threads + self;
+      if (at >= sectors) continue;
+      const unsigned kind = random() % 10;
+      if (kind < 5) {
+        expected[at] = random();
+        std::ranges::fill(data, expected[at]);
+        wrong += write(*image, data.data(), sector, at * sector) != 0;
+      } else if (kind == 5) {
+        expected[at] = 0;
+        wrong += write_zeroes(*image, at * sector, sector, true) != 0;
+      } else if (kind == 6) {
+        wrong += flush(*image) != 0;
+      } else {
+        wrong += read(*image, data.data(), sector, at * sector) != 0;
+        wrong += data.front() != expected[at] || data.back() != expected[at];
+      }
+    }
+    running--;
+  };
+  std::vector<std::thread> workers;
+  for (unsigned i = 0; i < threads; i++) workers.emplace_back(work, i);
+  // Meanwhile the whole changes too.
+  for (unsigned i = 0; running > 0; i++) {
+    EXPECT_EQ(qcow2.create_snapshot(std::to_string(i)), 0);
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    EXPECT_EQ(qcow2.delete_snapshot(std::to_string(i)), 0);
+  }
+  for (auto& worker : workers) worker.join();
+  EXPECT_EQ(wrong, 0u);
+  EXPECT_EQ(image->close(), 0);
+  const CheckResult result = check_file();
+  EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
+}
+
+// Discards and writes of whole clusters race; places that are given up must not be used too early.
+TEST_P(Stress, PlacesAreNotUsedAgainTooEarly) {
+  constexpr unsigned threads = 4, rounds = 300;
+  constexpr uint64_t size = 4 << 20, part = size / threads, cluster = 16384;
+  make(size, false);
+  const auto image = open_image(path_, {});
+  std::atomic<unsigned> wrong = 0;
+  const auto work = [&](unsigned self) {
+    std::mt19937 random(self);
+    std::vector<uint32_t> data(cluster / 4), expected(part / cluster);
+    for (unsigned round = 0; round < rounds; round++) {
+      const uint64_t index = random() % expected.size(), at = self * part + index * cluster;
+      const unsigned kind = random() % 8;
+      if (kind < 3) {
+        expected[index] = (self + 1) << 24 | round;
+        std::ranges::fill(data, expected[index]);
+        wrong += write(*image, data.data(), cluster, at) != 0;
+      } else if (kind < 5) {
+        expected[index] = 0;
+        wrong += discard(*image, at, cluster) != 0;
+      } else if (kind == 5) {
+        wrong += flush(*image) != 0;
+      } else {
+        wrong += read(*image, data.data(), cluster, at) != 0;
+        wrong += std::ranges::any_of(data, [&](uint32_t v) { return v != expected[index]; });
+      }
+    }
+  };
+  std::vector<std::thread> workers;
+  for (unsigned i = 0; i < threads; i++) workers.emplace_back(work, i);
+  for (auto& worker : workers) worker.join();
+  EXPECT_EQ(wrong, 0u);
+  EXPECT_EQ(image->close(), 0);
+  const CheckResult result = check_file();
+  EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
+}
+
+// The child tells through a pipe what has been flushed; whatever it has told must be there after kill -9.
+[[noreturn]] void write_until_killed(const std::string& path, int tell, unsigned seed) {
+  std::mt19937 random(seed);
+  const auto image = open_image(path, {});
+  const uint64_t sectors = image->size() / sector;
+  std::vector<uint32_t> data(64 * sector / 4);
+  for (uint32_t id = 1;; id++) {
+    const uint64_t count = 1 + random() % 64, at = random() % (sectors - count);
+    std::fill_n(data.begin(), count * sector / 4, id);
+    if (write(*image, data.data(), count * sector, at * sector) != 0) ::_exit(1);
+    const bool flushed = random() % 4 == 0;
+    if (flushed && flush(*image) != 0) ::_exit(2);
+    const std::array<uint64_t, 4> message{id, at, count, flushed};
+    if (::write(tell, message.data(), sizeof message) != sizeof message) ::_exit(3);
+  }
+}
+
+TEST_P(Stress, KilledProcessesLoseNothingThatWasFlushed) {
+  constexpr uint64_t size = 8 << 20;
+  make(size, false);
+  for (unsigned round = 0; round < 15; round++) {
+    int pipe[2];
+    ASSERT_EQ(::pipe(pipe), 0);
+    std::vector<uint32_t> before(size / 4);
+    ASSERT_EQ(read(*open_image(path_, {}), before.data(), size, 0), 0);
+    const pid_t child = ::fork();
+    if (child == 0) {
+      ::close(pipe[0]);
+      write_until_killed(path_, pipe[1], round);
+    }
+    ::close(pipe[1]);
+    ::usleep(20'000 + round * 3'000);
+    ::kill(child, SIGKILL);
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    ASSERT_TRUE(WIFSIGNALED(status)) << status;
+    // Sectors that were written later than the last flush that we know of may hold either.
+    std::vector<std::array<uint64_t, 4>> told;
+    std::array<uint64_t, 4> message{};
+    while (::read(pipe[0], message.data(), sizeof message) == sizeof message) told.push_back(message);
+    ::close(pipe[0]);
+    const CheckResult result = check_file();
+    ASSERT_EQ(result.corruptions, 0u) << testing::PrintToString(result.findings);
+    std::vector<uint32_t> promised(size / sector, UINT32_MAX), now(size / 4);
+    size_t flushed = 0;
+    for (size_t i = 0; i < told.size(); i++)
+      if (told[i][3]) flushed = i + 1;
+    for (size_t i = 0; i < flushed; i++)
+      for (uint64_t s = 0; s < told[i][2]; s++) promised[told[i][1] + s] = static_cast<uint32_t>(told[i][0]);
+    ASSERT_EQ(read(*open_image(path_, {}), now.data(), size, 0), 0);
+    for (uint64_t s = 0; s < size / sector; s++) {
+      if (promised[s] == UINT32_MAX) continue;
+      const uint32_t found = now[s * sector / 4];
+      ASSERT_GE(found, promised[s]) << "sector " << s;  // later writes have higher numbers
+    }
+  }
+}
+
+}  // namespace
+}  // namespace lodge::block::qcow2
