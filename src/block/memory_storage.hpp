@@ -9,7 +9,7 @@
 
 namespace lodge::block {
 
-class MemoryStorage final : public Storage {
+class MemoryStorage : public Storage {
  public:
   struct Event {
     enum class Kind { write, sync, truncate };

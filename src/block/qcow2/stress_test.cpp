@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "block/memory_storage.hpp"
 #include "block/qcow2/check.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/qcow2/image.hpp"
@@ -131,6 +132,103 @@ TEST_P(Stress, PlacesAreNotUsedAgainTooEarly) {
   EXPECT_EQ(wrong, 0u);
   EXPECT_EQ(image->close(), 0);
   const CheckResult result = check_file();
+  EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
+}
+
+// Keeps asynchronous transfers back while told to.
+class SlowStorage final : public MemoryStorage {
+ public:
+  struct Held {
+    std::mutex mutex;
+    bool hold = false;
+    std::vector<std::move_only_function<void()>> transfers;
+    void let_go() {
+      std::unique_lock lock(mutex);
+      hold = false;
+      auto list = std::exchange(transfers, {});
+      lock.unlock();
+      for (auto& transfer : list) transfer();
+    }
+  };
+  SlowStorage(std::shared_ptr<Disk> disk, std::shared_ptr<Held> held)
+      : MemoryStorage(std::move(disk)), held_(std::move(held)) {}
+  using MemoryStorage::read;
+  using MemoryStorage::write;
+  void read(std::vector<iovec> buffers, uint64_t offset, Completion done) noexcept override {
+    later([this, buffers = std::move(buffers), offset, done = std::move(done)]() mutable {
+      MemoryStorage::read(std::move(buffers), offset, std::move(done));
+    });
+  }
+  void write(std::vector<iovec> buffers, uint64_t offset, Completion done) noexcept override {
+    later([this, buffers = std::move(buffers), offset, done = std::move(done)]() mutable {
+      MemoryStorage::write(std::move(buffers), offset, std::move(done));
+    });
+  }
+
+ private:
+  void later(std::move_only_function<void()> transfer) {
+    {
+      const std::lock_guard lock(held_->mutex);
+      if (held_->hold) return held_->transfers.push_back(std::move(transfer));
+    }
+    transfer();
+  }
+  std::shared_ptr<Held> held_;
+};
+
+TEST(Epochs, APlaceIsNotUsedAgainWhileATransferToItIsUnderWay) {
+  constexpr uint64_t cluster = 4096;
+  const auto disk = std::make_shared<MemoryStorage::Disk>();
+  const auto held = std::make_shared<SlowStorage::Held>();
+  CreateOptions options;
+  options.size = 1 << 20;
+  options.cluster_bits = 12;
+  {
+    MemoryStorage storage(disk);
+    create(storage, options);
+  }
+  Qcow2Image::Parts parts;
+  parts.storage = std::make_unique<SlowStorage>(disk, held);
+  parts.header = read_header(*parts.storage);
+  Qcow2Image image(std::move(parts), false);
+  std::vector<uint8_t> old(cluster, 0x11), slow(cluster, 0x33), fresh(cluster, 0x22), seen(cluster);
+  for (const bool writing : {false, true}) {
+    ASSERT_EQ(write(image, old.data(), cluster, 0), 0);
+    ASSERT_EQ(flush(image), 0);
+    held->hold = true;
+    std::atomic<int> result = -1;
+    const iovec buffer{writing ? slow.data() : seen.data(), cluster};
+    const auto done = [&](int error) { result = error; };
+    if (writing)
+      image.write({&buffer, 1}, 0, done);
+    else
+      image.read({&buffer, 1}, 0, done);
+    ASSERT_EQ(held->transfers.size(), 1u);
+    ASSERT_EQ(discard(image, 0, cluster), 0);
+    ASSERT_EQ(flush(image), 0);
+    ASSERT_EQ(flush(image), 0);
+    {
+      const std::lock_guard lock(held->mutex);
+      held->hold = false;
+    }
+    // A file of this size has few free places: the one that was given up is the lowest.
+    for (uint64_t at = 5; at < 9; at++) ASSERT_EQ(write(image, fresh.data(), cluster, at * cluster), 0);
+    held->let_go();
+    while (result < 0) ::usleep(100);
+    EXPECT_EQ(result, 0);
+    if (!writing) {
+      EXPECT_EQ(seen, old);
+    }
+    for (uint64_t at = 5; at < 9; at++) {
+      ASSERT_EQ(read(image, seen.data(), cluster, at * cluster), 0);
+      EXPECT_EQ(seen, fresh) << at;
+      ASSERT_EQ(discard(image, at * cluster, cluster), 0);
+    }
+    ASSERT_EQ(flush(image), 0);
+  }
+  EXPECT_EQ(image.close(), 0);
+  MemoryStorage storage(disk);
+  const CheckResult result = check(storage, Repair::none);
   EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
 }
 
