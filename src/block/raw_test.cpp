@@ -1,5 +1,6 @@
 #include "block/raw.hpp"
 
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -144,6 +145,30 @@ TEST_P(Raw, ManyRequestsInFlightAllEnd) {
   EXPECT_EQ(failed, 0u);
   image = open();
   for (unsigned i = 0; i < count; i++) EXPECT_EQ(bytes(*image, i * 2048, 2048), data[i]);
+}
+
+// Reads that are not in the page cache, more than the ring holds.
+TEST_P(Raw, ManyReadsFromTheDiskAllEnd) {
+  constexpr unsigned count = 1500;
+  std::filesystem::resize_file(path_, count * 4096);
+  auto image = open();
+  for (unsigned i = 0; i < count; i++) {
+    const std::vector<uint32_t> data(1024, i);
+    ASSERT_EQ(write(*image, data.data(), 4096, i * 4096), 0);
+  }
+  ASSERT_EQ(image->close(), 0);
+  const Fd fd(::open(path_.c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_EQ(::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED), 0);
+  image = open();
+  std::vector<uint32_t> data(count * 1024);
+  std::atomic<unsigned> failed = 0;
+  for (unsigned i = 0; i < count; i++) {
+    const iovec buffer{&data[((i * 7) % count) * 1024], 4096};
+    image->read({&buffer, 1}, i * 7 % count * 4096, [&](int error) { failed += error != 0; });
+  }
+  ASSERT_EQ(image->close(), 0);
+  EXPECT_EQ(failed, 0u);
+  for (unsigned i = 0; i < count; i++) ASSERT_EQ(data[i * 1024 + 1023], i);
 }
 
 TEST_P(Raw, OpeningNamesFileAndRemedy) {

@@ -12,25 +12,29 @@ namespace lodge::block {
 
 std::shared_ptr<UringEngine> UringEngine::create(int& error) {
   std::shared_ptr<UringEngine> engine(new UringEngine);
+  engine->ring_.ring_fd = -1;
   error = -io_uring_queue_init(entries, &engine->ring_, 0);
-  if (error != 0) return nullptr;
+  if (error != 0) {
+    engine->ring_.ring_fd = -1;
+    return nullptr;
+  }
   engine->collector_ = std::thread([raw = engine.get()] { raw->collect(); });
   return engine;
 }
 
 // Nothing is in flight any more: the files wait for their own requests.
 UringEngine::~UringEngine() {
-  if (!collector_.joinable()) return;
-  {
-    const std::lock_guard lock(mutex_);
-    io_uring_sqe* sqe = nullptr;
-    while (!(sqe = io_uring_get_sqe(&ring_))) io_uring_submit(&ring_);
-    io_uring_prep_nop(sqe);
-    io_uring_sqe_set_data(sqe, nullptr);  // tells the collector to end
-    while (io_uring_submit(&ring_) == -EINTR) continue;
+  if (collector_.joinable()) {
+    {
+      const std::lock_guard lock(mutex_);
+      io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+      io_uring_prep_nop(sqe);
+      io_uring_sqe_set_data(sqe, nullptr);  // tells the collector to end
+      hand_over();
+    }
+    collector_.join();
   }
-  collector_.join();
-  io_uring_queue_exit(&ring_);
+  if (ring_.ring_fd >= 0) io_uring_queue_exit(&ring_);
 }
 
 void UringEngine::submit(Transfer transfer) noexcept {
@@ -40,17 +44,24 @@ void UringEngine::submit(Transfer transfer) noexcept {
   enqueue(std::make_unique<Transfer>(std::move(transfer)));
 }
 
+// The kernel may be short of memory for a moment; it takes what is in the queue later then.
+void UringEngine::hand_over() noexcept {
+  while (io_uring_sq_ready(&ring_) > 0) {
+    const int result = io_uring_submit(&ring_);
+    if (result == -EAGAIN || result == -EBUSY) std::this_thread::yield();
+  }
+}
+
 void UringEngine::enqueue(std::unique_ptr<Transfer> transfer) noexcept {
-  std::unique_lock lock(mutex_);
-  io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-  if (!sqe) {
-    io_uring_submit(&ring_);
-    sqe = io_uring_get_sqe(&ring_);
-  }
-  if (!sqe) {  // the kernel takes nothing at the moment
-    lock.unlock();
-    return threads_.run([t = std::move(transfer)] { t->done(execute(*t)); });
-  }
+  const std::lock_guard lock(mutex_);
+  if (in_ring_ >= entries || !backlog_.empty()) return backlog_.push_back(std::move(transfer));
+  prepare(std::move(transfer));
+  if (plugged_ != std::this_thread::get_id()) hand_over();
+}
+
+void UringEngine::prepare(std::unique_ptr<Transfer> transfer) noexcept {
+  io_uring_sqe* sqe = io_uring_get_sqe(&ring_);  // there is one: in_ring_ is less than there are
+  in_ring_++;
   Transfer& t = *transfer;
   const auto count = static_cast<unsigned>(std::min<size_t>(t.buffers.size(), IOV_MAX));
   switch (t.kind) {
@@ -67,7 +78,6 @@ void UringEngine::enqueue(std::unique_ptr<Transfer> transfer) noexcept {
       break;
   }
   io_uring_sqe_set_data(sqe, transfer.release());
-  if (plugged_ != std::this_thread::get_id()) io_uring_submit(&ring_);
 }
 
 void UringEngine::plug() noexcept {
@@ -78,7 +88,7 @@ void UringEngine::plug() noexcept {
 void UringEngine::unplug() noexcept {
   const std::lock_guard lock(mutex_);
   if (plugged_ == std::this_thread::get_id()) plugged_ = {};
-  io_uring_submit(&ring_);
+  hand_over();
 }
 
 void UringEngine::collect() noexcept {
@@ -88,12 +98,16 @@ void UringEngine::collect() noexcept {
     const int result = cqe->res;
     std::unique_ptr<Transfer> transfer;
     {
-      // The lock is not for the queue, which is only ours, but orders us after the thread that submitted.
+      // The completion queue is only ours; the lock also orders us after the thread that submitted.
       const std::lock_guard lock(mutex_);
       transfer.reset(static_cast<Transfer*>(io_uring_cqe_get_data(cqe)));
+      io_uring_cqe_seen(&ring_, cqe);
+      if (!transfer) return;
+      in_ring_--;
+      for (; in_ring_ < entries && !backlog_.empty(); backlog_.pop_front())
+        prepare(std::move(backlog_.front()));
+      hand_over();
     }
-    io_uring_cqe_seen(&ring_, cqe);
-    if (!transfer) return;
     end(std::move(transfer), result);
   }
 }

@@ -23,16 +23,21 @@ class UringEngine final : public TransferEngine {
   std::string_view name() const noexcept override { return "io_uring"; }
 
  private:
-  // More requests than this may be in flight; they are handed over in several rounds.
+  // What the ring holds at a time; more waits in the backlog. The completion queue has room for twice as
+  // many, so that it never overflows.
   static constexpr unsigned entries = 256;
 
   UringEngine() = default;
   void enqueue(std::unique_ptr<Transfer> transfer) noexcept;
+  void prepare(std::unique_ptr<Transfer> transfer) noexcept;
+  void hand_over() noexcept;
   void collect() noexcept;
   void end(std::unique_ptr<Transfer> transfer, int result) noexcept;
 
   io_uring ring_{};
-  std::mutex mutex_;         // the submission queue and what follows
+  std::mutex mutex_;  // the submission queue and what follows
+  unsigned in_ring_ = 0;
+  std::deque<std::unique_ptr<Transfer>> backlog_;
   std::thread::id plugged_;  // the thread whose batch is being gathered
   std::thread collector_;
   WorkerPool threads_{4};  // for what the ring cannot do, or not well

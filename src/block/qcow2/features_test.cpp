@@ -68,6 +68,21 @@ TEST_F(Features, EnabledBitmapsAreMarkedInUseAndOthersStayTrue) {
   EXPECT_EQ(result.leaks + result.corruptions, 0u) << testing::PrintToString(result.findings);
 }
 
+TEST_F(Features, QemuRespectsOurLock) {
+  if (!have_qemu()) GTEST_SKIP();
+  const std::string path = make("disk");
+  {
+    const auto image = open_image(path, {});
+    EXPECT_THAT(qemu_img({"check", path}, 1), testing::HasSubstr("lock"));
+  }
+  qemu_img({"check", "-q", path});
+  OpenOptions options;
+  options.read_only = true;
+  const auto image = open_image(path, options);
+  qemu_img({"check", "-q", path});
+  EXPECT_THAT(qemu_img({"resize", path, "8M"}, 1), testing::HasSubstr("lock"));
+}
+
 TEST_F(Features, ATemporaryOverlayLeavesTheImageAlone) {
   const std::string path = make("disk");
   const std::vector<uint8_t> data(100'000, 7);
