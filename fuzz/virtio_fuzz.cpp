@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 
+#include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/testing.hpp"
 
@@ -38,6 +39,11 @@ class Input {
 using Make = std::unique_ptr<virtio::Device> (*)(machine::GuestMemory&);
 
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      const auto nowhere = std::make_shared<device::NullBackend>();
+      return std::make_unique<virtio::Console>(
+          memory, std::vector<virtio::Console::PortConfig>{{"", nowhere}, {"name", nowhere}});
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Entropy>(memory, virtio::RingFeatures{}, [](std::span<uint8_t>) {});
     },

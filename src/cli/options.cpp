@@ -79,6 +79,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--serial", raw.serial, "a serial port: stdio, file:PATH, pty or null; up to 4 times")
       ->type_name("WHERE")
       ->allow_extra_args(false);
+  run->add_option(
+         "--console", raw.console,
+         "a virtio console (Linux: console=hvc0): stdio, file:PATH, pty or null; without --serial the "
+         "serial port is nobody's then")
+      ->type_name("WHERE");
   run->add_option("--name", raw.name, "the machine's name, as ps shows it")
       ->type_name("NAME")
       ->capture_default_str();
@@ -112,7 +117,7 @@ Values values_of(const std::string& option) {
   if (option == "--repair") return {{"leaks", "all"}, false};
   if (option == "--compression") return {{"zlib", "zstd"}, false};
   if (option == "--preallocation") return {{"off", "full"}, false};
-  if (option == "--serial") return {{"stdio", "file:", "pty", "null"}, false};
+  if (option == "--serial" || option == "--console") return {{"stdio", "file:", "pty", "null"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
   if (option == "--device") {
@@ -144,6 +149,11 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   if (!raw.serial.empty()) {
     config.serial.clear();
     for (const auto& text : raw.serial) config.serial.push_back(vm::parse_serial("--serial", text));
+  }
+  if (!raw.console.empty()) {
+    vm::parse_serial("--console", raw.console);
+    if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
+    config.devices.push_back({"virtio-console", {{"console", raw.console}}});
   }
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;

@@ -41,7 +41,7 @@ namespace detail {
 // The options as text, before their values are understood.
 struct RawOptions {
   std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
-                              code_cache = "64M", cpu = "host", name = "lodge", shell;
+                              code_cache = "64M", cpu = "host", name = "lodge", console, shell;
   std::vector<std::string> initrds, serial, devices;
   bool no_reboot = false, stats = false, perf_map = false, run_json = false, doctor_json = false;
   RawImageOptions image;

@@ -1,6 +1,7 @@
 // lodge run: one virtual machine in this process, with the user's terminal.
 #include <fmt/format.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/signalfd.h>
@@ -40,12 +41,20 @@ void say(const std::string& text) {
 Fd take_signals() {
   sigset_t set;
   ::sigemptyset(&set);
-  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT}) ::sigaddset(&set, signal);
+  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGQUIT, SIGTSTP, SIGCONT, SIGWINCH})
+    ::sigaddset(&set, signal);
   ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
   Fd fd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
   if (!fd) throw_errno("signalfd");
   return fd;
+}
+
+// The guest's console is as large as the window.
+void tell_size(vm::VirtualMachine& machine) noexcept {
+  winsize size{};
+  if (::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col != 0)
+    machine.resize_terminal(size.ws_col, size.ws_row);
 }
 
 // Turns signals into calls on the VM for its lifetime: SIGTERM, SIGINT and SIGHUP press the power button,
@@ -78,6 +87,7 @@ class SignalServer {
           terminal_.enter();
           break;
         case SIGCONT: terminal_.enter(); break;
+        case SIGWINCH: tell_size(machine_); break;
         case SIGQUIT: machine_.end(); break;
         default:
           // No guest driver sees the button, or the user insists: no reason to wait.
@@ -138,14 +148,16 @@ int run(const RunCommand& command) {
     if (action == EscapeKey::Action::power_button) machine->press_power_button();
     if (action == EscapeKey::Action::reset) machine->reset();
   });
-  const bool uses_terminal = std::ranges::any_of(
-      command.config.serial, [](const auto& port) { return port.kind == vm::SerialConfig::Kind::stdio; });
+  const bool uses_terminal = vm::uses_terminal(command.config);
   RawTerminal terminal(uses_terminal);
   vm::VirtualMachine machine(command.config, std::move(selected.system),
                              open_backends(command.config, terminal, key));
+  for (const auto& [option, where] : machine.backends().device_terminals())
+    say(fmt::format("{} is {}", option.substr(0, option.find_last_not_of('=') + 1), where));
   const std::string protocol = machine.protocol();
   target = &machine;
   terminal.enter();
+  if (terminal.active()) tell_size(machine);
   vm::Ending ending;
   {
     SignalServer server(signals, machine, terminal);

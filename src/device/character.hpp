@@ -11,6 +11,8 @@
 
 namespace lodge::device {
 
+class CharPort;
+
 // The host's end, implemented by the VM. Any thread.
 class CharBackend {
  public:
@@ -20,6 +22,10 @@ class CharBackend {
   virtual size_t write(std::span<const uint8_t> bytes) noexcept = 0;
   // The chip, which has refused input before, has room again.
   virtual void receive_ready() noexcept {}
+  // The chip that gets the input, which is kept while there is none. After disconnect() returns the old chip
+  // is not called any more. Not from the chip's own calls.
+  virtual void connect(CharPort& /*port*/) {}
+  virtual void disconnect() noexcept {}
 };
 
 // The chip's end, called by a back end. Any thread; never blocks for long.
@@ -31,6 +37,8 @@ class CharPort {
   virtual size_t receive(std::span<const uint8_t> bytes) noexcept = 0;
   // The back end, which has refused output before, has room again.
   virtual void transmit_ready() noexcept {}
+  // The terminal behind the back end has this size now.
+  virtual void resized(uint16_t /*columns*/, uint16_t /*rows*/) noexcept {}
 };
 
 // Output to nowhere, no input.

@@ -27,7 +27,7 @@ namespace {
 class MountedDebugConsole final : public MountedDevice {
  public:
   MountedDebugConsole(const DeviceContext& context, const DeviceOptions& options)
-      : backend_(context.open_backend(options.text("output"), "--device debugcon,output=")),
+      : backend_(context.open_backend(options.text("output"), "--device debugcon,output=", false)),
         console_(*backend_),
         port_(context.ports, options.number("port", 0, 0xffff), 1, console_, "debugcon") {}
 

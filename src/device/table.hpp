@@ -32,9 +32,10 @@ struct DeviceContext {
   machine::Power& power;
   // A new source on the interrupt input `gsi` (0 to 23); alive as long as the machine.
   std::function<machine::Interrupt&(unsigned gsi)> line;
-  // Opens what --serial calls a back end ("stdio", "file:PATH", "null", ...). Throws UsageError naming
-  // `option`.
-  std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option)>
+  // Opens what --serial calls a back end ("stdio", "file:PATH", "null", ...), for a device that prints or,
+  // `input`, also reads. Throws UsageError naming `option`.
+  std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option,
+                                             bool input)>
       open_backend;
   pci::Root& pci;
   machine::MsiTarget& msi;

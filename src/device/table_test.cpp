@@ -45,7 +45,7 @@ class TableTest : public ::testing::Test {
                         clock,
                         power,
                         [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); },
-                        [this](const std::string&, const std::string&) { return backend; },
+                        [this](const std::string&, const std::string&, bool) { return backend; },
                         pci,
                         platform,
                         platform,

@@ -4,26 +4,48 @@
 
 #include <utility>
 
+#include "base/error.hpp"
+
 namespace lodge::vm {
 
 Backends::Backends(const std::vector<SerialConfig>& serial, const Stream::Filter& terminal_filter)
     : Backends() {
+  terminal_filter_ = terminal_filter;
   for (const auto& config : serial) {
     const bool stdio = config.kind == SerialConfig::Kind::stdio;
     serial_.push_back(std::make_shared<Stream>(open_noting_files(config, "--serial"),
                                                stdio ? terminal_filter : Stream::Filter{}));
-    if (stdio) others_["stdio"] = serial_.back();
+    if (!stdio) continue;
+    others_["stdio"] = serial_.back();
+    terminal_has_reader_ = true;
   }
 }
 
-std::shared_ptr<Stream> Backends::open(const std::string& specification, const std::string& option) {
-  auto& stream = others_[specification];
-  if (!stream) {
-    Stream::Ends ends = open_noting_files(parse_serial(option, specification), option);
-    ends.in.reset();  // such a device only prints
-    stream = std::make_shared<Stream>(std::move(ends), Stream::Filter{});
+// A machine is built anew at a reset, and its devices find the streams that they had.
+std::shared_ptr<Stream> Backends::open(const std::string& specification, const std::string& option,
+                                       bool input) {
+  const SerialConfig config = parse_serial(option, specification);
+  const bool stdio = config.kind == SerialConfig::Kind::stdio;
+  const std::string key = specification == "pty" ? specification + " of " + option : specification;
+  if (stdio && input && terminal_has_reader_ && !readers_.contains(option))
+    usage_error("{}{}: the terminal belongs to another device; give --serial null", option, specification);
+  auto& stream = others_[key];
+  if (!stream || (stdio && input && !terminal_has_reader_)) {
+    Stream::Ends ends = open_noting_files(config, option);
+    if (config.kind == SerialConfig::Kind::pty) device_terminals_.emplace_back(option, ends.where);
+    if (!input) ends.in.reset();  // such a device only prints
+    stream = std::make_shared<Stream>(std::move(ends), stdio && input ? terminal_filter_ : Stream::Filter{});
+  }
+  if (stdio && input) {
+    terminal_has_reader_ = true;
+    readers_.insert(option);
   }
   return stream;
+}
+
+void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
+  const auto found = others_.find("stdio");
+  if (found != others_.end()) found->second->resize(columns, rows);
 }
 
 Stream::Ends Backends::open_noting_files(const SerialConfig& config, const std::string& option) {

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,15 @@ class Backends {
   size_t serial_ports() const noexcept { return serial_.size(); }
   Stream& serial(size_t port) noexcept { return *serial_[port]; }
   // The stream that `specification` names ("stdio", "file:PATH", "null"...), opened at its first use and
-  // shared after that; stdio is shared with a serial port. Throws UsageError naming `option`.
-  std::shared_ptr<Stream> open(const std::string& specification, const std::string& option);
+  // shared after that; stdio is shared with a serial port. A device that also reads (`input`) is the only
+  // reader. Throws UsageError naming `option`.
+  std::shared_ptr<Stream> open(const std::string& specification, const std::string& option, bool input);
+  // The pseudo-terminals that devices have opened: the option and the path.
+  const std::vector<std::pair<std::string, std::string>>& device_terminals() const noexcept {
+    return device_terminals_;
+  }
+  // The user's terminal has this size now.
+  void resize_terminal(uint16_t columns, uint16_t rows) noexcept;
 
   // The VM really starts: files lose what they held. Without this call they are as before when the object
   // goes, and those that did not exist are gone.
@@ -41,6 +49,10 @@ class Backends {
   };
   Stream::Ends open_noting_files(const SerialConfig& config, const std::string& option);
 
+  Stream::Filter terminal_filter_;
+  bool terminal_has_reader_ = false;
+  std::set<std::string> readers_;  // the options that have it
+  std::vector<std::pair<std::string, std::string>> device_terminals_;
   std::vector<File> files_;
   bool kept_ = false;
   std::vector<std::shared_ptr<Stream>> serial_;

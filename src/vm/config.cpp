@@ -167,6 +167,17 @@ DeviceConfig parse_device(std::string_view option, std::string_view text) {
   return device;
 }
 
+bool uses_terminal(const VmConfig& config) noexcept {
+  const auto console = [](const DeviceConfig& device) {
+    if (device.name != "virtio-console") return false;
+    const auto where = device.options.find("console");
+    return where == device.options.end() || where->second == "stdio";
+  };
+  return std::ranges::find(config.serial, SerialConfig::Kind::stdio, &SerialConfig::kind) !=
+             config.serial.end() ||
+         std::ranges::any_of(config.devices, console);
+}
+
 std::span<const std::string_view> cpu_models() noexcept {
   return models;
 }

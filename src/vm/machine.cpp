@@ -173,8 +173,8 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
       .clock = clock,
       .power = power,
       .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
-      .open_backend = [this](const std::string& specification, const std::string& option)
-          -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option); },
+      .open_backend = [this](const std::string& specification, const std::string& option, bool input)
+          -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option, input); },
       .pci = *pci_,
       .msi = platform_,
       .doorbells = platform_,

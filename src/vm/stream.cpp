@@ -56,8 +56,16 @@ void Stream::connect(device::CharPort& port) {
   {
     std::lock_guard lock(port_mutex_);
     port_ = &port;
+    if (columns_ != 0) port.resized(columns_, rows_);
   }
   receive_ready();
+}
+
+void Stream::resize(uint16_t columns, uint16_t rows) noexcept {
+  std::lock_guard lock(port_mutex_);
+  columns_ = columns;
+  rows_ = rows;
+  if (port_) port_->resized(columns, rows);
 }
 
 void Stream::disconnect() noexcept {

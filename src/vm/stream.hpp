@@ -41,10 +41,10 @@ class Stream final : public device::CharBackend {
   Stream(Ends ends, Filter filter);
   ~Stream() override;  // flushes
 
-  // The chip that gets the input. Input is kept while there is none. After disconnect() returns the old chip
-  // is not called any more. Not from the chip's own calls.
-  void connect(device::CharPort& port);
-  void disconnect() noexcept;
+  void connect(device::CharPort& port) override;
+  void disconnect() noexcept override;
+  // Tells the chip, now and when another one is connected.
+  void resize(uint16_t columns, uint16_t rows) noexcept;
 
   // Waits until what is buffered is written, for at most two seconds.
   void flush() noexcept;
@@ -72,6 +72,7 @@ class Stream final : public device::CharBackend {
   // only mutex_.
   std::mutex port_mutex_;
   device::CharPort* port_ = nullptr;
+  uint16_t columns_ = 0, rows_ = 0;  // 0: not known
 
   std::mutex mutex_;
   std::condition_variable drained_;

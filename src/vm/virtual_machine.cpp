@@ -159,6 +159,11 @@ void VirtualMachine::resume() noexcept {
   changed_.notify_all();
 }
 
+void VirtualMachine::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
+  std::lock_guard lock(machine_mutex_);  // a reset may open streams meanwhile
+  backends_->resize_terminal(columns, rows);
+}
+
 // False when the machine is to stop.
 bool VirtualMachine::wait_while_paused() noexcept {
   std::unique_lock lock(mutex_);

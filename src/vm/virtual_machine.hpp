@@ -49,10 +49,13 @@ class VirtualMachine final : public machine::Power {
   // The processors stand still; the clocks of the devices go on. Takes effect soon after.
   void pause() noexcept;
   void resume() noexcept;
+  // The user's terminal has this size now.
+  void resize_terminal(uint16_t columns, uint16_t rows) noexcept;
 
   // How the kernel was entered, for logs.
   const std::string& protocol() const noexcept { return machine_->protocol(); }
   Statistics statistics() const;
+  const Backends& backends() const noexcept { return *backends_; }
 
   // What chips ask for (machine::Power); the vCPU that asked executes nothing more.
   void request(machine::PowerRequest request) noexcept override;

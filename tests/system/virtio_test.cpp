@@ -1,6 +1,8 @@
 // Debian's kernel with VirtIO devices: its own drivers use each of them.
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <fstream>
 #include <regex>
 
 #include "system/guest.hpp"
@@ -52,6 +54,39 @@ TEST_F(Virtio, EntropyByEveryInterface) {
       EXPECT_THAT(out, HasSubstr("0000:00:07.0"));
     }
   }
+}
+
+TEST_F(Virtio, ConsoleAndNamedPort) {
+  NEEDS_GUEST("cloud");
+  const std::string path = testing::TempDir() + "lodge-port-" + std::to_string(::getpid());
+  Process process(command(
+      "cloud", "console=hvc0 quiet lodge.mode=shell",
+      {"--serial", "null", "--device", "virtio-console,console=stdio,port1=org.lodge.test:file:" + path}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  process.send("tty; stty size; cat /sys/class/virtio-ports/*p1/name; echo through > /dev/vport0p1\n");
+  process.send("seq 1 20000 | md5sum; seq 1 20000\n");
+  process.send("echo script=$((40+2)); poweroff -f\n");
+  ASSERT_TRUE(process.wait_output("script=42", boot_patience)) << process.out() << process.err();
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+  EXPECT_THAT(process.out(), HasSubstr("/dev/hvc0"));
+  EXPECT_THAT(process.out(), HasSubstr("25 80"));
+  EXPECT_THAT(process.out(), HasSubstr("org.lodge.test"));
+  EXPECT_THAT(process.out(), HasSubstr("19999\r\n20000\r\n"));
+  // Nothing of the 20,000 lines is lost or out of order.
+  size_t at = process.out().find("\r\n1\r\n2\r\n");
+  ASSERT_NE(at, std::string::npos);
+  at += 2;
+  for (int i = 1; i <= 20000; i++) {
+    const std::string line = std::to_string(i) + "\r\n";
+    ASSERT_EQ(process.out().compare(at, line.size(), line), 0) << i;
+    at += line.size();
+  }
+  std::ifstream file(path);
+  std::string text;
+  std::getline(file, text);
+  EXPECT_EQ(text, "through");
+  std::filesystem::remove(path);
 }
 
 }  // namespace

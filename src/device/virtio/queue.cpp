@@ -78,7 +78,8 @@ void Queue::push(const Chain& chain, uint32_t written) noexcept {
   if (in_order_) return push_in_order(chain, written);
   chains_out_--;
   slots_out_ -= chain.slots();
-  std::visit(Either{[](std::monostate&) {}, [&](auto& ring) { ring.push(chain, written), pushed_ = true; }}, ring_);
+  std::visit(Either{[](std::monostate&) {}, [&](auto& ring) { ring.push(chain, written), pushed_ = true; }},
+             ring_);
 }
 
 void Queue::push_in_order(const Chain& chain, uint32_t written) noexcept {
@@ -89,7 +90,8 @@ void Queue::push_in_order(const Chain& chain, uint32_t written) noexcept {
     const Completion& front = order_.front();
     chains_out_--;
     slots_out_ -= front.chain.slots();
-    std::visit(Either{[](std::monostate&) {}, [&](auto& ring) { ring.push(front.chain, front.written), pushed_ = true; }},
+    std::visit(Either{[](std::monostate&) {},
+                      [&](auto& ring) { ring.push(front.chain, front.written), pushed_ = true; }},
                ring_);
     order_.pop_front();
   }

@@ -49,7 +49,9 @@ class DriverQueue {
   static uint64_t bytes_needed(uint16_t size) { return 16u * size + 0x4000 + 8u * size; }
   static uint64_t all_bytes(uint16_t size) { return bytes_needed(size) + uint64_t{size} * table_bytes; }
 
-  void put16(uint64_t gpa, uint16_t value) { memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&value), 2}); }
+  void put16(uint64_t gpa, uint16_t value) {
+    memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&value), 2});
+  }
   uint16_t get16(uint64_t gpa) const {
     uint16_t value = 0;
     memory_.get().read(gpa, {reinterpret_cast<uint8_t*>(&value), 2});
@@ -328,7 +330,8 @@ void attack(Device& device, machine::GuestMemory& memory, unsigned steps, Choose
         auto& ring = rings[queue()];
         std::vector<Buffer> buffers(1 + choose(6));
         for (auto& buffer : buffers)
-          buffer = {address(), static_cast<uint32_t>(choose(8) ? choose(8192) : choose(0xffff'ffff)), choose(2) == 1};
+          buffer = {address(), static_cast<uint32_t>(choose(8) ? choose(8192) : choose(0xffff'ffff)),
+                    choose(2) == 1};
         ring.submit(buffers, choose(2));
         break;
       }
