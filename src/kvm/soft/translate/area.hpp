@@ -31,13 +31,36 @@ struct Boundary {
   bool operator==(const Boundary&) const = default;
 };
 
+// Where indirect branches go: host code by linear address, at the place that `offset` says.
+struct JumpTable {
+  struct Entry {
+    uint64_t linear;
+    const void* code;  // null: never used, or emptied
+  };
+  static constexpr unsigned bits = 14, shift = 4, size = 1u << bits;
+  static_assert(sizeof(Entry) == 1u << shift);
+  static constexpr uint32_t multiplier = 0x9e37'79b1, mask = (size - 1) << shift;
+  // Of an address's entry, from the start of the table. The bits of the product that count depend on the low
+  // 18 of the address and tell all functions within 256 KiB from each other, for they begin at multiples
+  // of 16.
+  static constexpr uint32_t offset(uint64_t linear) noexcept {
+    return static_cast<uint32_t>(linear) * multiplier & mask;
+  }
+  // What an empty entry has for its address: zero, as fresh memory has, but for the one where zero belongs.
+  static constexpr uint64_t nobody(uint32_t index) noexcept { return index == 0 ? 16 : 0; }
+
+  std::array<Entry, size> entry;
+};
+static_assert(JumpTable::offset(0) == 0 && JumpTable::offset(JumpTable::nobody(0)) != 0);
+
 struct TranslatorArea {
-  static constexpr unsigned levels = 4, jump_bits = 14, jump_entries = 1u << jump_bits, slot_count = 1u << 18;
+  static constexpr unsigned levels = 4, slot_count = 1u << 18;
+  // Jump tables: for each set of the soft TLB, in 64-bit code and in 32-bit code.
+  static constexpr unsigned views = 8;
 
   uint64_t host_rsp = 0;  // of the function that entered translated code
   uint64_t resume = 0;    // where a restore stub goes on
   uint64_t page = 0;      // linear address of the running code's page
-  uint64_t tag = 0;       // what a linear address is XORed with to be found in `jump_tag`
   uint64_t target = 0;    // of a near branch through memory, across the look-up of its push
   // Of translated code, when it counts: guest instructions, look-ups in the soft TLB.
   uint64_t instructions = 0, lookups = 0;
@@ -47,9 +70,8 @@ struct TranslatorArea {
   uint32_t event_waits = 0;           // some event waits until the guest can take it
   uint32_t force_interpretation = 0;  // a host signal says that the instruction faults natively
 
-  // Indirect branches: host code by linear address, one table for each vector level.
-  std::array<std::array<uint64_t, jump_entries>, levels> jump_tag{};
-  std::array<std::array<const void*, jump_entries>, levels> jump_code{};
+  // Indirect branches: a table for each view and vector level.
+  std::array<std::array<JumpTable, levels>, views> jump{};
   // Where direct branches to other pages go.
   std::array<const void*, slot_count> slot{};
 };

@@ -104,7 +104,7 @@ TEST(CodeCache, IsSharedWhileItIsUsedUp) {
   for (uint64_t n = 0; n < pages; ++n) guests.place(n, static_cast<uint8_t>(n + 1));
   std::atomic<uint64_t> wrong{0};
   const auto runner = [&](unsigned id) {
-    for (uint64_t i = 0; i < 4000; ++i) {
+    for (uint64_t i = 0; i < 8000; ++i) {
       const uint64_t page = (2 * i + id) % pages;
       guests.make_stale(page);
       for (const uint64_t n : {page, page ^ 1})

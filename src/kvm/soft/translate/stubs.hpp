@@ -13,8 +13,7 @@ namespace lodge::kvm::soft {
 struct StateOffsets {
   StateOffsets(const Cpu& cpu, const TranslatorArea& area) noexcept;
   int64_t gpr, arith, rip, request, zmm, k, fx, segment_base, tlb, area;
-  int64_t host_rsp, resume, page, tag, target, instructions, lookups, default_mxcsr, jump_tag, jump_code,
-      slot;
+  int64_t host_rsp, resume, page, target, instructions, lookups, default_mxcsr, jump, slot;
   int64_t system_flags, selector, kernel_gs_base, tsc_offset, event_waits, tsc_aux;
 
   int64_t of_gpr(unsigned reg) const noexcept { return gpr + 8 * int64_t{reg}; }

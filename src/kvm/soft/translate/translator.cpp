@@ -74,7 +74,8 @@ void Translator::give_back() noexcept {
   places_ = {};
   // No slot and no entry of a table leads anywhere any more. Empty ones are zero, so those that share a page
   // with something else may stay.
-  discard(area_.jump_tag.data(), area_.slot.data() + area_.slot.size());
+  for (View& view : views_) view = {};
+  discard(area_.jump.data(), area_.slot.data() + area_.slot.size());
 }
 
 // --- translations, and what was removed
@@ -125,9 +126,9 @@ void Translator::forget_gone() noexcept {
     if (it == places_.end()) continue;
     for (const uint32_t place : it->second) {
       if ((place & is_jump) != 0) {
-        const unsigned level = place >> level_shift & 3;
-        const uint32_t i = place & (TranslatorArea::jump_entries - 1);
-        if (area_.jump_code[level][i] == t->begin) area_.jump_tag[level][i] = 0;
+        // It stays among those that are taken: emptying it again does no harm.
+        JumpTable::Entry& entry = jump_entry(place >> view_shift & (TranslatorArea::views - 1), place);
+        if (entry.code == t->begin) entry.linear = JumpTable::nobody(place & (JumpTable::size - 1));
       } else if (const DirectExit* exit = cache_.slot_owner(place); exit != nullptr) {
         area_.slot[place] = exit->stub;
       }
@@ -164,23 +165,44 @@ void Translator::reset_slots(std::vector<SlotLink>& links) noexcept {
   links.clear();
 }
 
-uint32_t Translator::jump_index(uint64_t linear) noexcept {
-  return static_cast<uint32_t>(linear) * jump_multiplier >> (32 - TranslatorArea::jump_bits);
+unsigned Translator::view_of(uint32_t decode_key) noexcept {
+  static_assert(TranslatorArea::views == 8);
+  const bool wide = (decode_key & key::mode) == 0;
+  return (decode_key >> key::tlb_shift & 3) | (wide ? 0u : 4u);
+}
+
+JumpTable::Entry& Translator::jump_entry(unsigned view, uint32_t place) noexcept {
+  return area_.jump[view][place >> level_shift & 3].entry[place & (JumpTable::size - 1)];
 }
 
 void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
-  const uint32_t i = jump_index(linear);
-  area_.jump_tag[t.boundary.level][i] = linear ^ area_.tag;
-  area_.jump_code[t.boundary.level][i] = t.begin;
-  const uint32_t place = is_jump | uint32_t{t.boundary.level} << level_shift | i;
+  const unsigned view = view_of(t.block.key);
+  const uint32_t place =
+      uint32_t{t.boundary.level} << level_shift | JumpTable::offset(linear) >> JumpTable::shift;
+  JumpTable::Entry& entry = jump_entry(view, place);
+  if (entry.code == nullptr) views_[view].taken.push_back(place);
+  entry = {.linear = linear, .code = t.begin};
+  const uint32_t known = is_jump | view << view_shift | place;
   auto& places = places_[&t];
-  if (std::find(places.begin(), places.end(), place) == places.end()) places.push_back(place);
+  if (std::find(places.begin(), places.end(), known) == places.end()) places.push_back(known);
+}
+
+void Translator::empty(unsigned view) noexcept {
+  View& what = views_[view];
+  for (const uint32_t place : what.taken)
+    jump_entry(view, place) = {.linear = JumpTable::nobody(place & (JumpTable::size - 1)), .code = nullptr};
+  what.taken.clear();
+}
+
+void Translator::empty_views(bool user) noexcept {
+  for (unsigned view = 0; view < TranslatorArea::views; ++view)
+    if (((views_[view].key & key::user) != 0) == user) empty(view);
 }
 
 // --- mappings of code
 
 void Translator::forget_user() noexcept {
-  user_modes_.clear();
+  empty_views(true);
   reset_slots(user_links_);
   user_pages_.clear();
   cpu_.user_code_pages.clear();
@@ -188,7 +210,7 @@ void Translator::forget_user() noexcept {
 }
 
 void Translator::forget_supervisor() noexcept {
-  supervisor_modes_.clear();
+  empty_views(false);
   reset_slots(supervisor_links_);
   supervisor_pages_.clear();
   cpu_.supervisor_code_pages.clear();
@@ -199,20 +221,13 @@ void Translator::forget_supervisor() noexcept {
 void Translator::sync() noexcept {
   if (cpu_.user_code_flushed) forget_user();
   if (cpu_.supervisor_code_flushed) forget_supervisor();
-  auto& modes = is_user(cpu_) ? user_modes_ : supervisor_modes_;
-  for (const ModeTag& mode : modes)
-    if (mode.key == cpu_.decode_key) {
-      area_.tag = uint64_t{mode.id} << 48;
-      return;
-    }
-  if (++last_id_ == 0) {
-    last_id_ = 1;
-    user_modes_.clear();
-    supervisor_modes_.clear();
-    for (auto& tags : area_.jump_tag) tags.fill(0);
-  }
-  modes.push_back({.key = cpu_.decode_key, .id = last_id_});
-  area_.tag = uint64_t{last_id_} << 48;
+  const unsigned view = view_of(cpu_.decode_key);
+  View& present = views_[view];
+  if (present.key == cpu_.decode_key) return;
+  empty(view);
+  if (present.key == View::none)
+    for (JumpTable& table : area_.jump[view]) table.entry[0].linear = JumpTable::nobody(0);
+  present.key = cpu_.decode_key;
 }
 
 void Translator::register_page(const Block& block, uint64_t linear) noexcept {
@@ -228,7 +243,6 @@ void Translator::register_page(const Block& block, uint64_t linear) noexcept {
       // The same code under a second address: what was linked through slots holds for the first one only.
       forget_user();
       forget_supervisor();
-      sync();
       (user ? user_pages_ : supervisor_pages_)[block.host_page[0]] = page;
     }
     enter(page);
@@ -294,10 +308,10 @@ const void* Translator::resume_at_rip(uint8_t level) noexcept {
   sync();
   const Boundary boundary{.native_flags = false, .level = level};
   const uint64_t linear = cpu_.rip;
-  const uint32_t i = jump_index(linear);
-  if (area_.jump_tag[level][i] == (linear ^ area_.tag) && cpu_.canonical(linear)) {
+  const uint32_t place = uint32_t{level} << level_shift | JumpTable::offset(linear) >> JumpTable::shift;
+  if (const auto& entry = jump_entry(view_of(cpu_.decode_key), place); entry.linear == linear) {
     area_.page = linear & ~page_mask;
-    return resume(static_cast<const uint8_t*>(area_.jump_code[level][i]), boundary);
+    return resume(static_cast<const uint8_t*>(entry.code), boundary);
   }
   Block* block = source_.block_at(linear);
   if (block == nullptr || source_.wants_attention()) return leave();

@@ -111,13 +111,12 @@ class Translator {
  private:
   friend class CodeCache;
   friend class UnitEmitter;
-  static constexpr uint32_t jump_multiplier = 0x9e37'79b1;
   class Inside;  // while one exists, only the own thread touches what depends on translations
   Translation* translation_of(Block& block, Boundary boundary) noexcept;
   // Whether translation_of() may find or make one.
   bool may_be_ready(const Block& block) const noexcept;
   void forget_gone() noexcept;
-  // What flushes have left valid; the tag for the present mode.
+  // What flushes have left valid; the present mode has its jump tables.
   void sync() noexcept;
   void forget_user() noexcept;
   void forget_supervisor() noexcept;
@@ -129,7 +128,17 @@ class Translator {
   void register_page(const Block& block, uint64_t linear) noexcept;
   void link(DirectExit& exit, Translation& target) noexcept;
   void remember_jump(Translation& translation, uint64_t linear) noexcept;
-  static uint32_t jump_index(uint64_t linear) noexcept;
+  // What a view's jump tables are filled with.
+  struct View {
+    uint32_t key = none;          // the decode key that they are for
+    std::vector<uint32_t> taken;  // entries with code: level and index
+    static constexpr uint32_t none = ~0u;
+  };
+  // Which view the code of a decode key uses.
+  static unsigned view_of(uint32_t key) noexcept;
+  JumpTable::Entry& jump_entry(unsigned view, uint32_t place) noexcept;
+  void empty(unsigned view) noexcept;
+  void empty_views(bool user) noexcept;
 
   bool event_waits() noexcept { return !once_ && source_.event_waits(); }
   const void* leave() noexcept;
@@ -157,27 +166,21 @@ class Translator {
   uint32_t profile_ = CodeCache::no_profile;
 
   // What has been removed from the cache and is still known here. A translation's places: slots, and entries
-  // of the area's jump tables (is_jump, level, index).
+  // of the area's jump tables (is_jump, view, level, index).
   std::atomic<bool> inside_{false}, has_gone_{false};
   std::vector<Translation*> gone_;  // guarded by the cache's lock
   uint64_t passed_ = 0;             // likewise: up to this removal everything is forgotten
   bool idle_ = false;               // likewise
   std::atomic<uint64_t> seen_{1};   // counts the times that something was forgotten; see Block::code_seen
   static constexpr uint32_t is_jump = 1u << 31;
-  static constexpr unsigned level_shift = 24;
+  static constexpr unsigned level_shift = 24, view_shift = 26;
   std::unordered_map<const Translation*, std::vector<uint32_t>> places_;
 
   std::vector<SlotLink> user_links_, supervisor_links_;  // slots that are or were linked
   // Linear page under which the code of a host page is being run.
   std::unordered_map<uint64_t, uint64_t> user_pages_, supervisor_pages_;
   Translation* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
-  // Tags: a number for each (generation, mode).
-  struct ModeTag {
-    uint32_t key;
-    uint16_t id;
-  };
-  std::vector<ModeTag> user_modes_, supervisor_modes_;
-  uint16_t last_id_ = 0;
+  std::array<View, TranslatorArea::views> views_;
   std::vector<Instruction> analysed_;  // of the block being translated
   TranslatorStatistics statistics_;
   std::vector<uint64_t> interpreted_;

@@ -15,7 +15,8 @@ namespace lodge::kvm::soft {
 namespace {
 
 constexpr uint64_t ram_size = 1 << 20, pml4 = 0x1000, pdpt = 0x2000, directory = 0x3000, table = 0x4000,
-                   gdt = 0x5000, idt = 0x6000, handlers = 0x7000, stack_top = 0x9000, code = 0x10000;
+                   gdt = 0x5000, idt = 0x6000, handlers = 0x7000, stack_top = 0x9000, tss = 0xb000,
+                   code = 0x10000;
 
 kvm_segment segment(uint16_t selector, uint8_t type, bool wide) {
   kvm_segment s{};
@@ -95,21 +96,159 @@ TEST_F(TranslatorGuest, AnInstructionAcrossPagesFollowsTheMappingOfTheSecond) {
   EXPECT_EQ(run(start).rax, 0x88776611u);
 }
 
-// Tags of the table of indirect branches occupy the bits that are alike in every canonical address.
-TEST_F(TranslatorGuest, NoAddressReachesCodeThroughTheTagOfAnother) {
+// The tables of indirect branches know addresses by all their bits.
+TEST_F(TranslatorGuest, NoAddressReachesCodeThroughTheEntryOfAnother) {
   place(code, {0xff, 0xe0});          // jmp rax
   place(code + 0x100, {0x90, 0xf4});  // nop; hlt
   const kvm_regs good{.rax = code + 0x100, .rsp = stack_top, .rip = code};
   for (int i = 0; i < 3; ++i) EXPECT_EQ(run(good).rip, code + 0x102);
-  for (uint64_t tag = 1; tag < 0x40; ++tag)
-    for (const uint64_t target : {code + 0x100, uint64_t{0}}) {
-      const kvm_regs odd{.rax = target ^ tag << 48, .rsp = stack_top, .rip = code};
+  for (uint64_t high = 1; high < 0x40; ++high)
+    for (const uint64_t target : {code + 0x100, uint64_t{0}, uint64_t{16}}) {
+      const kvm_regs odd{.rax = target ^ high << 48, .rsp = stack_top, .rip = code};
       const kvm_regs after = run(odd);
       EXPECT_EQ(after.rip, halted_in_handler(13)) << std::hex << odd.rax;
       // The frame: error code, then the address of the branch itself.
       uint64_t rip = 0;
       std::memcpy(&rip, ram_.data() + after.rsp + 8, 8);
       EXPECT_EQ(rip, code);
+    }
+}
+
+// Zero is what an entry that was never used has for an address.
+TEST_F(TranslatorGuest, AnIndirectBranchReachesAddressZero) {
+  place(0, {0xf4});                                  // hlt
+  place(16, {0x90, 0xf4});                           // nop; hlt
+  place(code, {0xff, 0xe0});                         // jmp rax
+  place(code + 16, {0xc3});                          // ret
+  place(code + 32, {0xdb, 0xe3, 0xff, 0xe0});        // fninit; jmp rax
+  place(code + 48, {0x0f, 0x57, 0xc0, 0xff, 0xe0});  // xorps xmm0, xmm0; jmp rax
+  put(stack_top, 0);
+  kvm_sregs vectors = vcpu_->sregs();
+  vectors.cr4 |= 0x200;
+  vcpu_->set_sregs(vectors);
+  for (const uint64_t rip : {code, code + 16, code + 32, code + 48})
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_EQ(run({.rsp = stack_top, .rip = rip}).rip, 1u);
+      EXPECT_EQ(run({.rax = 16, .rsp = stack_top, .rip = code}).rip, 18u);
+    }
+}
+
+// Targets whose entries are the same, in turn.
+TEST_F(TranslatorGuest, ABranchWithManyTargetsFindsEach) {
+  place(code, {0xff, 0xe0});  // jmp rax
+  for (uint64_t target = code + 0x100; target < ram_size; target += 0x10000)
+    place(target, {0xb9, static_cast<uint8_t>(target >> 16), 0, 0, 0, 0xf4});  // mov ecx, ...; hlt
+  for (int i = 0; i < 3; ++i)
+    for (uint64_t target = code + 0x100; target < ram_size; target += 0x10000)
+      EXPECT_EQ(run({.rax = target, .rsp = stack_top, .rip = code}).rcx, target >> 16);
+}
+
+TEST_F(TranslatorGuest, AnIndirectBranchFollowsTheMappingOfItsTarget) {
+  constexpr uint64_t target = 0x20000, other = 0x40000;
+  place(code, {0x0f, 0x01, 0x3b, 0xff, 0xe0});  // invlpg [rbx]; jmp rax
+  place(code + 16, {0xff, 0xe0});               // jmp rax
+  place(target, {0xb9, 1, 0, 0, 0, 0xf4});      // mov ecx, 1; hlt
+  place(other, {0xb9, 2, 0, 0, 0, 0xf4});       // mov ecx, 2; hlt
+  const kvm_regs jump{.rax = target, .rsp = stack_top, .rip = code + 16};
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(jump).rcx, 1u);
+  for (int i = 0; i < 3; ++i) {
+    const uint64_t expected = 1u + (i + 1) % 2;
+    put(table + 8 * (target >> 12), (expected == 1 ? target : other) | 3);
+    EXPECT_EQ(run({.rax = target, .rbx = target, .rsp = stack_top, .rip = code}).rcx, expected);
+    EXPECT_EQ(run(jump).rcx, expected);
+  }
+}
+
+TEST_F(TranslatorGuest, AnIndirectBranchFollowsItsTargetsBytes) {
+  constexpr uint64_t target = 0x20000;
+  place(code, {0xc6, 0x40, 1, 7, 0xff, 0xe0});  // mov byte [rax + 1], 7; jmp rax
+  place(code + 16, {0xff, 0xe0});               // jmp rax
+  place(target, {0xb9, 1, 0, 0, 0, 0xf4});      // mov ecx, 1; hlt
+  const kvm_regs jump{.rax = target, .rsp = stack_top, .rip = code + 16};
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(run(jump).rcx, 1u);
+  EXPECT_EQ(run({.rax = target, .rsp = stack_top, .rip = code}).rcx, 7u);
+  EXPECT_EQ(run(jump).rcx, 7u);
+}
+
+TEST_F(TranslatorGuest, ReturnsGoWhereTheStackSays) {
+  // call +11; inc ecx (back here); loops while --edx; hlt
+  place(code, {0xe8, 0x1b, 0, 0, 0, 0xff, 0xc1, 0xff, 0xca, 0x75, 0xf5, 0xf4});
+  place(code + 0x20, {0x48, 0x01, 0x04, 0x24, 0xc3});  // add [rsp], rax; ret
+  EXPECT_EQ(run({.rdx = 100, .rsp = stack_top, .rip = code}).rcx, 100u);
+  // Past the increment, from the same call.
+  EXPECT_EQ(run({.rax = 2, .rdx = 100, .rsp = stack_top, .rip = code}).rcx, 0u);
+  EXPECT_EQ(run({.rdx = 100, .rsp = stack_top, .rip = code}).rcx, 100u);
+}
+
+TEST_F(TranslatorGuest, DeepRecursionReturnsThroughEveryCall) {
+  // f: dec edx; jz out; call f; inc ecx; out: ret
+  place(code + 0x20, {0xff, 0xca, 0x74, 7, 0xe8, 0xf7, 0xff, 0xff, 0xff, 0xff, 0xc1, 0xc3});
+  place(code, {0xe8, 0x1b, 0, 0, 0, 0xf4});  // call f; hlt
+  for (int i = 0; i < 3; ++i) {
+    const kvm_regs after = run({.rdx = 2000, .rsp = 0x80000, .rip = code});
+    EXPECT_EQ(after.rcx, 1999u);
+    EXPECT_EQ(after.rsp, 0x80000u);
+  }
+  // Out of the middle of it: out: mov rsp, rbx; jmp rsi.
+  place(code + 0x40,
+        {0xff, 0xca, 0x74, 7, 0xe8, 0xf7, 0xff, 0xff, 0xff, 0xff, 0xc1, 0x48, 0x89, 0xdc, 0xff, 0xe6});
+  place(code + 16, {0xe8, 0x2b, 0, 0, 0, 0xf4});  // call f; hlt
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(run({.rbx = 0x80000, .rdx = 50, .rsi = code + 5, .rsp = 0x70000, .rip = code + 16}).rip,
+              code + 6);
+    EXPECT_EQ(run({.rdx = 50, .rsp = 0x70000, .rip = code}).rcx, 49u);
+  }
+}
+
+// The same code at the same address, in kernel mode and in user mode, where it may not read what it reads.
+TEST_F(TranslatorGuest, AnIndirectBranchStaysInItsPrivilege) {
+  constexpr uint64_t secret = 0x30000;
+  for (const uint64_t page : {uint64_t{0x10000}, uint64_t{0x20000}}) put(table + 8 * (page >> 12), page | 7);
+  for (const uint64_t entry : {pml4, pdpt, directory}) ram_.data()[entry] |= 4;
+  put(tss + 4, 0x90000);  // the kernel's stack
+  put(secret, 42);
+  place(code, {0x50, 0xc3});                 // push rax; ret
+  place(code + 16, {0xff, 0xe0});            // jmp rax
+  place(0x20000, {0x48, 0x8b, 0x0b, 0xf4});  // mov rcx, [rbx]; hlt
+  const kvm_sregs kernel = vcpu_->sregs();
+  kvm_sregs user = kernel;
+  user.cs = segment(0x1b, 11, true);
+  user.ds = user.es = user.ss = segment(0x23, 3, false);
+  user.cs.dpl = user.ds.dpl = user.es.dpl = user.ss.dpl = 3;
+  user.tr = segment(0x28, 11, false);
+  user.tr.base = tss;
+  user.tr.limit = 0x67;
+  user.tr.s = user.tr.g = user.tr.db = 0;
+  for (int i = 0; i < 3; ++i)
+    for (const uint64_t rip : {code, code + 16}) {
+      kvm_regs start{.rax = 0x20000, .rbx = secret, .rsp = code + 0x800, .rip = rip};
+      vcpu_->set_sregs(kernel);
+      EXPECT_EQ(run(start).rcx, 42u);
+      vcpu_->set_sregs(user);
+      const kvm_regs after = run(start);
+      EXPECT_EQ(after.rip, halted_in_handler(14));
+      EXPECT_EQ(after.rcx, 0u);
+    }
+}
+
+// Bytes that mean something else in 32-bit code, at the same address.
+TEST_F(TranslatorGuest, AnIndirectBranchStaysInItsMode) {
+  place(code, {0xff, 0xe0});                             // jmp rax
+  place(code + 16, {0xc3});                              // ret
+  place(0x20000, {0x48, 0xff, 0xc1, 0x90, 0x48, 0xf4});  // inc rcx; hlt - dec eax; inc ecx; nop; dec eax; hlt
+  put(stack_top, 0x20000);
+  const kvm_sregs wide = vcpu_->sregs();
+  kvm_sregs narrow = wide;
+  narrow.cs = segment(8, 11, false);
+  for (int i = 0; i < 3; ++i)
+    for (const uint64_t rip : {code, code + 16}) {
+      const kvm_regs start{.rax = 0x20000, .rcx = 5, .rsp = stack_top, .rip = rip};
+      vcpu_->set_sregs(wide);
+      EXPECT_EQ(run(start).rax, 0x20000u);
+      vcpu_->set_sregs(narrow);
+      const kvm_regs after = run(start);
+      EXPECT_EQ(after.rax, 0x1fffeu);
+      EXPECT_EQ(after.rcx, 6u);
     }
 }
 

@@ -360,7 +360,7 @@ void UnitEmitter::close(Site& site) noexcept {
 UnitEmitter::Stub& UnitEmitter::add_stub(uint8_t* displacement, Stubs::Call call, void* argument,
                                          Boundary at) noexcept {
   return stubs_.emplace_back(
-      Stub{.displacement = displacement, .call = call, .argument = argument, .boundary = at, .untag = false});
+      Stub{.displacement = displacement, .call = call, .argument = argument, .boundary = at});
 }
 
 void UnitEmitter::emit_stubs() noexcept {
@@ -377,10 +377,7 @@ void UnitEmitter::emit_stubs() noexcept {
     } else if (stub.call == Stubs::slow_access && stub.displacement == nullptr) {
       t_.faults[next_fault++].stub = here;
     }
-    if (stub.call == Stubs::indirect) {
-      if (stub.untag) e_.state(0x33, scratch0, o_.tag);
-      e_.store(o_.target, scratch0);
-    }
+    if (stub.call == Stubs::indirect) e_.store(o_.target, scratch0);
     e_.move_address(scratch0, reinterpret_cast<uint64_t>(stub.argument));
     e_.jump_to(common_stubs().call[stub.call][stub.boundary.index()]);
   }

@@ -47,7 +47,6 @@ class UnitEmitter {
     Stubs::Call call;
     void* argument;
     Boundary boundary;
-    bool untag;  // R10 is a tagged target
   };
 
   bool analyse_block() noexcept;

@@ -183,29 +183,20 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   site.rsp_before = 0;
   site.rsp_after = rsp_change;
   site.before = {.native_flags = false, .level = flow_.level};
-  const auto table = static_cast<int64_t>(flow_.level) * TranslatorArea::jump_entries * 8;
+  const unsigned view = Translator::view_of(block_.key);
+  const int64_t table = o_.jump + int64_t{sizeof(JumpTable)} * (view * TranslatorArea::levels + flow_.level);
   uint8_t* const requested = e_.jump_if_set(o_.request);
-  // Only canonical addresses differ from each other under every tag.
-  uint8_t* odd = nullptr;
-  if (wide_) {
-    e_.move(scratch1, scratch0);
-    odd = jump_if_odd();
-  }
-  e_.state(0x33, scratch0, o_.tag);                                              // xor r10, [tag]
-  e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(Translator::jump_multiplier);    // imul r11d, r10d
-  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(32 - TranslatorArea::jump_bits);  // shr r11d, 20
-  // cmp [jump_tag + r11 * 8], r10
-  e_.indexed(0x39, scratch0, scratch1, 3, o_.jump_tag + table);
+  // imul r11d, r10d, multiplier; and r11d, mask; cmp [table + r11], r10
+  e_.u8(0x45), e_.u8(0x69), e_.u8(0xda), e_.u32(JumpTable::multiplier);
+  e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32(JumpTable::mask);
+  e_.indexed(0x39, scratch0, scratch1, 0, table + int64_t{offsetof(JumpTable::Entry, linear)});
   uint8_t* const miss = e_.jump_if(5);
-  e_.state(0x33, scratch0, o_.tag);
   e_.u8(0x49), e_.u8(0x81), e_.u8(0xe2), e_.u32(~page_mask);  // and r10, -4096
   e_.store(o_.page, scratch0);
-  // jmp [jump_code + r11 * 8]
-  e_.u8(0x42), e_.u8(0xff), e_.u8(0xa4), e_.u8(0xdc), e_.u32(static_cast<uint64_t>(o_.jump_code + table));
+  // jmp [table + r11]
+  e_.indexed(0xff, 4, scratch1, 0, table + int64_t{offsetof(JumpTable::Entry, code)});
   flow_.native_flags = false;
-  add_stub(requested, Stubs::indirect, &site, site.before);
-  if (odd != nullptr) add_stub(odd, Stubs::indirect, &site, site.before);
-  add_stub(miss, Stubs::indirect, &site, site.before).untag = true;
+  for (uint8_t* const out : {requested, miss}) add_stub(out, Stubs::indirect, &site, site.before);
 }
 
 }  // namespace lodge::kvm::soft
