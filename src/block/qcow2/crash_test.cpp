@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <map>
 #include <random>
 #include <set>
 
@@ -58,26 +59,34 @@ struct Operation {
   uint64_t first = 0, last = 0;  // sectors [first, last)
   uint32_t value = 0;
   bool discard = false;
+  std::vector<uint32_t> reverted;  // the sectors' values in the snapshot that was applied
 };
 
-class Crash : public testing::TestWithParam<Shape> {
+// LODGE_BLOCK_SEEDS=n in the environment: n runs of each shape instead of one.
+int seeds() {
+  const char* text = std::getenv("LODGE_BLOCK_SEEDS");
+  return text ? std::max(std::atoi(text), 1) : 1;
+}
+
+class Crash : public testing::TestWithParam<std::tuple<Shape, int>> {
  protected:
+  static const Shape& shape() { return std::get<0>(GetParam()); }
   void SetUp() override {
-    random_.seed(7);
-    options_ = GetParam().options;
+    random_.seed(static_cast<unsigned>(std::get<1>(GetParam())));
+    options_ = shape().options;
     MemoryStorage storage(disk_);
     create(storage, options_);
     start_ = disk_->bytes;
     disk_->record = true;
     sectors_ = options_.size / sector;
-    if (GetParam().backing) {
+    if (shape().backing) {
       backing_->bytes.resize(options_.size / 2);
       for (size_t i = 0; i < backing_->bytes.size(); i += 4) std::memcpy(&backing_->bytes[i], "\1\0\0", 4);
     }
   }
 
   std::unique_ptr<Image> open(const std::shared_ptr<Disk>& disk, bool writable) const {
-    if (GetParam().backing) {
+    if (shape().backing) {
       Qcow2Image::Parts parts;
       parts.storage = std::make_unique<MemoryStorage>(disk, writable);
       parts.header = read_header(*parts.storage);
@@ -120,8 +129,8 @@ class Crash : public testing::TestWithParam<Shape> {
           break;
         case 5:
           op.flush = true;  // a snapshot promises what it holds
-          if (GetParam().snapshots)
-            change_snapshots(qcow2);
+          if (shape().snapshots)
+            change_snapshots(qcow2, op);
           else
             ASSERT_EQ(flush(*image), 0);
           break;
@@ -140,23 +149,39 @@ class Crash : public testing::TestWithParam<Shape> {
     operations_.push_back(op);
   }
 
-  void change_snapshots(Qcow2Image& image) {
-    if (image.snapshots().size() < 2)
-      ASSERT_EQ(image.create_snapshot(fmt::format("s{}", random_() % 1000)), 0);
-    else
-      ASSERT_EQ(image.delete_snapshot(image.snapshots()[random_() % 2].name), 0);
+  void change_snapshots(Qcow2Image& image, Operation& op) {
+    const unsigned what = random_() % 3;
+    if (image.snapshots().empty() || (what == 0 && image.snapshots().size() < 3)) {
+      const std::string name = fmt::format("s{}", saved_.size());
+      ASSERT_EQ(image.create_snapshot(name), 0);
+      std::vector<uint32_t> data(options_.size / 4);
+      ASSERT_EQ(read(image, data.data(), options_.size, 0), 0);
+      for (uint64_t at = 0; at < sectors_; at++) saved_[name].push_back(data[at * sector / 4]);
+      return;
+    }
+    const std::string name = image.snapshots()[random_() % image.snapshots().size()].name;
+    if (what == 1) {
+      ASSERT_EQ(image.delete_snapshot(name), 0);
+    } else {
+      ASSERT_EQ(image.apply_snapshot(name), 0);
+      op.reverted = saved_[name];
+    }
   }
 
   // What may be read when only the events before `cut` have happened.
   std::vector<Values> allowed(size_t cut) const {
     std::vector<Values> values(sectors_, Values{0});
-    if (GetParam().backing)
+    if (shape().backing)
       for (uint64_t i = 0; i < sectors_ / 2; i++) values[i] = {1};
     size_t promised = 0;
     for (size_t i = 0; i < operations_.size(); i++)
       if (operations_[i].flush && operations_[i].end <= cut) promised = i;
     for (size_t i = 0; i < operations_.size() && operations_[i].begin <= cut; i++) {
       const Operation& op = operations_[i];
+      for (uint64_t at = 0; at < op.reverted.size(); at++) {
+        if (i <= promised) values[at].clear();
+        values[at].insert(op.reverted[at]);
+      }
       if (op.flush) continue;
       for (uint64_t at = op.first; at < op.last; at++) {
         if (i < promised && !op.discard) values[at].clear();
@@ -206,10 +231,15 @@ class Crash : public testing::TestWithParam<Shape> {
   std::vector<uint8_t> start_;
   uint64_t sectors_ = 0;
   std::vector<Operation> operations_;
+  std::map<std::string, std::vector<uint32_t>> saved_;  // by snapshot
 };
 
-INSTANTIATE_TEST_SUITE_P(Shapes, Crash, testing::ValuesIn(shapes()),
-                         [](const auto& instance) { return instance.param.name; });
+INSTANTIATE_TEST_SUITE_P(Shapes, Crash,
+                         testing::Combine(testing::ValuesIn(shapes()), testing::Range(1, 1 + seeds())),
+                         [](const auto& instance) {
+                           return fmt::format("{}_{}", std::get<0>(instance.param).name,
+                                              std::get<1>(instance.param));
+                         });
 
 // Cuts a write into sectors: each of them is old or new.
 void apply_some(std::vector<uint8_t>& disk, const Event& event, std::mt19937_64& random) {

@@ -68,6 +68,12 @@ std::vector<Shape> shapes() {
   return all;
 }
 
+// LODGE_BLOCK_SEEDS=n in the environment: n runs of each shape instead of one.
+unsigned seeds() {
+  const char* text = std::getenv("LODGE_BLOCK_SEEDS");
+  return text ? static_cast<unsigned>(std::max(std::atoi(text), 1)) : 1;
+}
+
 class Differential : public testing::TestWithParam<std::tuple<Shape, unsigned>> {
  protected:
   void SetUp() override {
@@ -277,7 +283,7 @@ class Differential : public testing::TestWithParam<std::tuple<Shape, unsigned>> 
 };
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Differential,
-                         testing::Combine(testing::ValuesIn(shapes()), testing::Values(1)),
+                         testing::Combine(testing::ValuesIn(shapes()), testing::Range(1u, 1 + seeds())),
                          [](const auto& instance) {
                            return fmt::format("{}_{}", std::get<0>(instance.param).name,
                                               std::get<1>(instance.param));
