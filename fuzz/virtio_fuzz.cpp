@@ -1,12 +1,14 @@
 // The VirtIO devices under a hostile driver: the input chooses what it does to rings, registers and buffers
 // (device/virtio/testing.hpp). Afterwards saved state must load as the same again, and a driver that follows
 // the rules must find a device that works.
+#include <cerrno>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <span>
 
+#include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/testing.hpp"
@@ -38,7 +40,26 @@ class Input {
 
 using Make = std::unique_ptr<virtio::Device> (*)(machine::GuestMemory&);
 
+// A disk without contents whose requests complete within the call.
+class NoDisk final : public block::Image {
+ public:
+  void read(std::span<const iovec>, uint64_t, block::Completion done) noexcept override { done(0); }
+  void write(std::span<const iovec>, uint64_t, block::Completion done) noexcept override { done(0); }
+  void flush(block::Completion done) noexcept override { done(0); }
+  void discard(uint64_t, uint64_t, block::Completion done) noexcept override { done(EIO); }
+  void write_zeroes(uint64_t, uint64_t, bool, block::Completion done) noexcept override { done(0); }
+  void resize(uint64_t, block::Completion done) noexcept override { done(0); }
+  uint64_t size() const noexcept override { return 1 << 20; }
+  bool read_only() const noexcept override { return false; }
+  std::string_view format() const noexcept override { return "none"; }
+  int close() noexcept override { return 0; }
+};
+
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      return std::make_unique<virtio::Block>(memory, std::make_shared<NoDisk>(),
+                                             virtio::Block::Config{"", 2});
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       const auto nowhere = std::make_shared<device::NullBackend>();
       return std::make_unique<virtio::Console>(

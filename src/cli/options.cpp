@@ -17,6 +17,7 @@ constexpr const char* footer = R"(
 Examples:
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
+  lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image create disk.qcow2 20G
   lodge doctor
@@ -80,6 +81,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
       ->type_name("WHERE")
       ->allow_extra_args(false);
   run->add_option(
+         "--disk", raw.disks,
+         "a disk: FILE[,readonly][,snapshot][,format=raw|qcow2][,serial=TEXT][,queues=N]; repeatable")
+      ->type_name("DISK")
+      ->allow_extra_args(false);
+  run->add_option(
          "--console", raw.console,
          "a virtio console (Linux: console=hvc0): stdio, file:PATH, pty or null; without --serial the "
          "serial port is nobody's then")
@@ -108,7 +114,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
 }
 
 Values values_of(const std::string& option) {
-  if (option == "--kernel" || option == "--initrd") return {{}, true};
+  if (option == "--kernel" || option == "--initrd" || option == "--disk") return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
   if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
@@ -155,6 +161,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
     if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
     config.devices.push_back({"virtio-console", {{"console", raw.console}}});
   }
+  for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;
   config.soft.count = command.stats;

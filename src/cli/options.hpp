@@ -42,7 +42,7 @@ namespace detail {
 struct RawOptions {
   std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
                               code_cache = "64M", cpu = "host", name = "lodge", console, shell;
-  std::vector<std::string> initrds, serial, devices;
+  std::vector<std::string> initrds, serial, disks, devices;
   bool no_reboot = false, stats = false, perf_map = false, run_json = false, doctor_json = false;
   RawImageOptions image;
 };

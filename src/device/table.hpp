@@ -12,6 +12,7 @@
 #include "base/clock.hpp"
 #include "base/event_loop.hpp"
 #include "base/state.hpp"
+#include "block/image.hpp"
 #include "device/character.hpp"
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
@@ -37,6 +38,10 @@ struct DeviceContext {
   std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option,
                                              bool input)>
       open_backend;
+  // Opens a disk image, or gives the one that the same disk had before a machine reset. Throws UsageError,
+  // also when another device of this machine has it.
+  std::function<std::shared_ptr<block::Image>(const std::string& path, const block::OpenOptions& options)>
+      open_disk;
   pci::Root& pci;
   machine::MsiTarget& msi;
   machine::Doorbells& doorbells;

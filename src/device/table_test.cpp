@@ -46,6 +46,7 @@ class TableTest : public ::testing::Test {
                         power,
                         [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); },
                         [this](const std::string&, const std::string&, bool) { return backend; },
+                        nullptr,
                         pci,
                         platform,
                         platform,

@@ -43,6 +43,14 @@ std::shared_ptr<Stream> Backends::open(const std::string& specification, const s
   return stream;
 }
 
+std::shared_ptr<block::Image> Backends::open_disk(const std::string& path,
+                                                  const block::OpenOptions& options) {
+  auto& disk = disks_[path];
+  if (disk && disk.use_count() > 1) usage_error("--disk {}: the same file is given twice", path);
+  if (!disk) disk = block::open_image(path, options);
+  return disk;
+}
+
 void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
   const auto found = others_.find("stdio");
   if (found != others_.end()) found->second->resize(columns, rows);

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "block/image.hpp"
 #include "vm/config.hpp"
 #include "vm/stream.hpp"
 
@@ -25,6 +26,9 @@ class Backends {
   // shared after that; stdio is shared with a serial port. A device that also reads (`input`) is the only
   // reader. Throws UsageError naming `option`.
   std::shared_ptr<Stream> open(const std::string& specification, const std::string& option, bool input);
+  // The disk image at `path`, opened at its first use. It stays open over machine resets, so that a temporary
+  // overlay keeps what the guest has written. Throws UsageError, also when a device has it.
+  std::shared_ptr<block::Image> open_disk(const std::string& path, const block::OpenOptions& options);
   // The pseudo-terminals that devices have opened: the option and the path.
   const std::vector<std::pair<std::string, std::string>>& device_terminals() const noexcept {
     return device_terminals_;
@@ -53,6 +57,7 @@ class Backends {
   bool terminal_has_reader_ = false;
   std::set<std::string> readers_;  // the options that have it
   std::vector<std::pair<std::string, std::string>> device_terminals_;
+  std::map<std::string, std::shared_ptr<block::Image>> disks_;
   std::vector<File> files_;
   bool kept_ = false;
   std::vector<std::shared_ptr<Stream>> serial_;

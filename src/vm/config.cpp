@@ -167,6 +167,21 @@ DeviceConfig parse_device(std::string_view option, std::string_view text) {
   return device;
 }
 
+DeviceConfig parse_disk(std::string_view option, std::string_view text) {
+  DeviceConfig disk{"virtio-blk", {}};
+  for (bool first = true; first || !text.empty(); first = false) {
+    const auto comma = std::min(text.find(','), text.size());
+    const std::string_view part = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    const auto equals = std::min(part.find('='), part.size());
+    if (part.empty()) usage_error("{}: give FILE[,readonly][,snapshot][,format=raw]...", option);
+    const std::string key(first ? "file" : part.substr(0, equals));
+    const std::string value(first ? part : equals < part.size() ? part.substr(equals + 1) : "on");
+    if (!disk.options.emplace(key, value).second) usage_error("{}: '{}' is given twice", option, key);
+  }
+  return disk;
+}
+
 bool uses_terminal(const VmConfig& config) noexcept {
   const auto console = [](const DeviceConfig& device) {
     if (device.name != "virtio-console") return false;

@@ -59,6 +59,9 @@ size_t parse_code_cache(std::string_view option, std::string_view text);  // 1 M
 SerialConfig parse_serial(std::string_view option, std::string_view text);
 DeviceConfig parse_device(std::string_view option, std::string_view text);
 
+// FILE[,OPTION[=VALUE]...] as options of virtio-blk; an option without a value is switched on.
+DeviceConfig parse_disk(std::string_view option, std::string_view text);
+
 // Whether a serial port or a console is on the user's terminal.
 bool uses_terminal(const VmConfig& config) noexcept;
 

@@ -175,6 +175,8 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
       .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
       .open_backend = [this](const std::string& specification, const std::string& option, bool input)
           -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option, input); },
+      .open_disk = [this](const std::string& path,
+                          const block::OpenOptions& options) { return backends_.open_disk(path, options); },
       .pci = *pci_,
       .msi = platform_,
       .doorbells = platform_,

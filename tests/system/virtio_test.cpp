@@ -89,5 +89,58 @@ TEST_F(Virtio, ConsoleAndNamedPort) {
   std::filesystem::remove(path);
 }
 
+// A file of `size` bytes that no two tests share; gone with the object.
+class DiskFile {
+ public:
+  explicit DiskFile(uint64_t size) : path(testing::TempDir() + "lodge-disk-" + std::to_string(::getpid())) {
+    std::ofstream file(path, std::ios::binary);
+    uint32_t value = 1;
+    for (uint64_t i = 0; i < size / 4; i++) {
+      value = value * 1664525 + 1013904223;
+      file.write(reinterpret_cast<const char*>(&value), sizeof value);
+    }
+  }
+  ~DiskFile() { std::filesystem::remove(path); }
+  // As the tool of this name on the host prints it.
+  std::string sha256() const {
+    return testing_support::run({"/usr/bin/sha256sum", path}, Seconds(60)).out.substr(0, 64);
+  }
+  std::string path;
+};
+
+TEST_F(Virtio, DiskIsReadAndWritten) {
+  NEEDS_GUEST("cloud");
+  const DiskFile disk(16 << 20);
+  const std::string before = disk.sha256();
+  const std::string out = shell(
+      "sha256sum /dev/vda; cat /sys/block/vda/serial; dd if=/dev/vda of=/tmp/a bs=1M count=4; "
+      "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync; sync; echo 3 >/proc/sys/vm/drop_caches; "
+      "sha256sum /dev/vda; ls /sys/block/vda/mq",
+      {"--disk", disk.path + ",serial=LODGE-1,queues=2", "--cpus", "2"});
+  EXPECT_THAT(out, HasSubstr(before + "  /dev/vda"));
+  EXPECT_THAT(out, HasSubstr("LODGE-1"));
+  const std::string after = disk.sha256();
+  EXPECT_NE(before, after);
+  EXPECT_THAT(out, HasSubstr(after + "  /dev/vda"));
+  EXPECT_THAT(out, ContainsRegex("0 +1"));
+}
+
+TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {
+  NEEDS_GUEST("cloud");
+  const DiskFile disk(4 << 20);
+  const std::string before = disk.sha256();
+  std::string out =
+      shell("cat /sys/block/vda/ro; dd if=/dev/zero of=/dev/vda bs=4k count=1 || echo refused=$((1+1))",
+            {"--disk", disk.path + ",readonly"});
+  EXPECT_THAT(out, HasSubstr("refused=2"));
+  EXPECT_EQ(disk.sha256(), before);
+  out = shell(
+      "dd if=/dev/zero of=/dev/vda bs=4k conv=fsync; echo 3 >/proc/sys/vm/drop_caches; "
+      "echo zeroes=$(tr -d '\\000' </dev/vda | wc -c)",
+      {"--disk", disk.path + ",snapshot"});
+  EXPECT_THAT(out, HasSubstr("zeroes=0"));
+  EXPECT_EQ(disk.sha256(), before);
+}
+
 }  // namespace
 }  // namespace lodge

@@ -26,10 +26,13 @@ constexpr auto options_with_common(Own... own) {
 
 RingFeatures ring_features(const DeviceOptions& options);
 
-// `device` in a PCI function of its own, its queues served by the machine's loop. Throws UsageError when the
+// Who serves the queues: the machine's loop, or a thread of the device's own.
+enum class Served { by_machine, by_itself };
+
+// `device` in a PCI function of its own. Throws UsageError when the
 // slot is taken.
 std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
-                                     std::unique_ptr<Device> device);
+                                     std::unique_ptr<Device> device, Served served = Served::by_machine);
 
 // The rows of this folder.
 std::span<const DeviceDescriptor> rows() noexcept;

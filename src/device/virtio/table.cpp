@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "base/error.hpp"
+#include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/mount.hpp"
@@ -40,7 +41,32 @@ std::unique_ptr<MountedDevice> make_console(const DeviceContext& context, const 
   return mounted;
 }
 
+constexpr auto block_options = options_with_common(
+    OptionSchema{"file", "", "", "the disk image"}, OptionSchema{"format", "", "auto", "raw or qcow2"},
+    OptionSchema{"readonly", "", "off", "the guest cannot write"},
+    OptionSchema{"snapshot", "", "off", "changes are thrown away at the end"},
+    OptionSchema{"serial", "", "", "serial number that the guest sees, at most 20 characters"},
+    OptionSchema{"queues", "num-queues", "1", "request queues, 1 to 16"});
+
+std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const DeviceOptions& options) {
+  if (options.text("file").empty()) usage_error("--device virtio-blk: the image is missing; give file=PATH");
+  if (options.text("serial").size() > Block::max_serial)
+    usage_error("--device virtio-blk,serial={}: give at most {} characters", options.text("serial"),
+                Block::max_serial);
+  block::OpenOptions open;
+  if (options.text("format") != "auto") open.format = options.text("format");
+  open.read_only = options.flag("readonly");
+  open.temporary = options.flag("snapshot");
+  const auto queues = static_cast<unsigned>(options.number("queues", 1, Block::max_queues));
+  auto image = context.open_disk(options.text("file"), open);
+  return mount(context, options,
+               std::make_unique<Block>(context.ram, std::move(image),
+                                       Block::Config{options.text("serial"), queues}, ring_features(options)),
+               Served::by_itself);
+}
+
 constexpr std::array table{
+    DeviceDescriptor{"virtio-blk", "a disk image (Linux: /dev/vda)", block_options, make_block},
     DeviceDescriptor{"virtio-console", "a console (Linux: hvc0) and named ports", console_options,
                      make_console},
     DeviceDescriptor{

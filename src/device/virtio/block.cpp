@@ -1,0 +1,250 @@
+// Block device (VirtIO 1.2, section 5.2).
+//
+// Modelled: read, write, flush, identification, discard, write zeroes, several queues, the sizes that the
+// image works with, changes of the size. Every write is in the image when it completes and on stable storage
+// after the next flush (FLUSH is offered, CONFIG_WCE is not: the cache cannot be switched off). A request
+// that the rules forbid completes with an error status; one that has no room for a status comes back empty.
+// Not modelled: secure erase, lifetime, zones.
+#include "device/virtio/block.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <nlohmann/json.hpp>
+
+#include "base/error.hpp"
+
+namespace lodge::device::virtio {
+
+namespace {
+
+constexpr uint64_t F_SEG_MAX = feature(2), F_RO = feature(5), F_BLK_SIZE = feature(6), F_FLUSH = feature(9),
+                   F_TOPOLOGY = feature(10), F_MQ = feature(12), F_DISCARD = feature(13),
+                   F_WRITE_ZEROES = feature(14);
+constexpr uint16_t queue_size = 256;
+constexpr uint32_t pci_class_storage = 0x010000;
+constexpr uint64_t sector_size = 512;
+
+// 5.2.6 Device operation
+enum Type : uint32_t { IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, DISCARD = 11, WRITE_ZEROES = 13 };
+enum Status : uint8_t { OK = 0, IOERR = 1, UNSUPP = 2 };
+constexpr uint8_t under_way = 0xff;  // not a status: the image has it
+struct Header {
+  uint32_t type, reserved;
+  uint64_t sector;
+};
+struct Range {
+  uint64_t sector;
+  uint32_t sectors, flags;
+};
+constexpr uint32_t RANGE_UNMAP = 1;
+// Of one discard or write zeroes request; the driver is told.
+constexpr uint32_t max_ranges = 32, max_range_sectors = 1u << 22;
+
+// 5.2.4 Device configuration layout
+struct [[gnu::packed]] Configuration {
+  uint64_t capacity = 0;
+  uint32_t size_max = 0, seg_max = queue_size - 2;
+  uint16_t cylinders = 0;
+  uint8_t heads = 0, sectors = 0;
+  uint32_t blk_size = sector_size;
+  uint8_t physical_block_exp = 0, alignment_offset = 0;
+  uint16_t min_io_size = 0;
+  uint32_t opt_io_size = 0;
+  uint8_t writeback = 1, unused0 = 0;
+  uint16_t num_queues = 1;
+  uint32_t max_discard_sectors = max_range_sectors, max_discard_seg = max_ranges,
+           discard_sector_alignment = 1;
+  uint32_t max_write_zeroes_sectors = max_range_sectors, max_write_zeroes_seg = max_ranges;
+  uint8_t write_zeroes_may_unmap = 1, unused1[3] = {};
+};
+static_assert(sizeof(Configuration) == 60);
+
+uint64_t features_of(const block::Image& image, unsigned queues) {
+  uint64_t features = F_SEG_MAX | F_BLK_SIZE | F_FLUSH | F_TOPOLOGY;
+  features |= image.read_only() ? F_RO : F_DISCARD | F_WRITE_ZEROES;
+  if (queues > 1) features |= F_MQ;
+  return features;
+}
+
+}  // namespace
+
+Block::Block(machine::GuestMemory& memory, std::shared_ptr<block::Image> image, Config config,
+             const RingFeatures& rings)
+    : Device({.name = "virtio-blk",
+              .type = DeviceType::block,
+              .pci_class = pci_class_storage,
+              .features = features_of(*image, config.queues),
+              .queue_sizes = std::vector<uint16_t>(config.queues, queue_size)},
+             memory, rings),
+      image_(std::move(image)),
+      config_(std::move(config)) {}
+
+Block::~Block() {
+  std::unique_lock lock(mutex_);
+  quiesce(lock, -1);
+}
+
+// --- Requests out of the queues
+
+void Block::process(unsigned index) noexcept {
+  giving_ = std::this_thread::get_id();
+  image_->plug();
+  drain(index, chain_, [&](const Chain& chain) {
+    take(index, chain);
+    return true;
+  });
+  image_->unplug();
+  giving_ = std::thread::id();
+  notify(index);  // what has completed on the way
+}
+
+void Block::take(unsigned index, const Chain& chain) noexcept {
+  Header header{};
+  if (chain.writable_size() == 0) {  // nowhere to put a status
+    queue(index).push(chain, 0);
+    return;
+  }
+  const auto request = std::make_shared<Request>(index, chain, chain.writable_size() - 1);
+  out_++, out_of_[index]++;
+  uint8_t status = IOERR;
+  if (chain.read(0, {reinterpret_cast<uint8_t*>(&header), sizeof header}) == sizeof header)
+    status = begin(request, header.type, header.sector);
+  if (status != under_way) complete(*request, status);
+}
+
+// With the lock held; a status, or under_way when the image has it.
+uint8_t Block::begin(const Pointer& request, uint32_t type, uint64_t sector) noexcept {
+  switch (type) {
+    case IN: return transfer(request, false, sector);
+    case OUT: return transfer(request, true, sector);
+    case FLUSH:
+      request->parts = 1;
+      image_->flush(part(request));
+      return under_way;
+    case GET_ID: return identify(*request);
+    case DISCARD: return change_ranges(request, false);
+    case WRITE_ZEROES: return change_ranges(request, true);
+    default: return UNSUPP;
+  }
+}
+
+bool Block::inside(uint64_t sector, uint64_t bytes) const noexcept {
+  const uint64_t size = image_->size();
+  return sector <= size / sector_size && bytes <= size - sector * sector_size;
+}
+
+uint8_t Block::transfer(const Pointer& request, bool write, uint64_t sector) noexcept {
+  const Chain& chain = request->chain;
+  const uint64_t bytes = write ? chain.readable_size() - sizeof(Header) : request->status_at;
+  if (bytes % sector_size != 0 || !inside(sector, bytes)) return IOERR;
+  if (write && image_->read_only()) return IOERR;  // 5.2.6.2
+  std::vector<Segment> pieces;
+  if (write)
+    chain.cut_readable(sizeof(Header), bytes, pieces);
+  else
+    chain.cut_writable(0, bytes, pieces);
+  std::vector<iovec> buffers;
+  for (const Segment& piece : pieces) buffers.push_back({piece.bytes.data(), piece.bytes.size()});
+  request->parts = 1;
+  if (write)
+    image_->write(buffers, sector * sector_size, part(request));
+  else
+    image_->read(buffers, sector * sector_size, part(request));
+  return under_way;
+}
+
+// All ranges are checked, in a copy, before the first is changed.
+uint8_t Block::change_ranges(const Pointer& request, bool zero) noexcept {
+  const uint64_t bytes = request->chain.readable_size() - sizeof(Header);
+  std::array<Range, max_ranges> ranges{};
+  if (bytes == 0 || bytes % sizeof(Range) != 0 || bytes > sizeof ranges || image_->read_only()) return IOERR;
+  request->chain.read(sizeof(Header), {reinterpret_cast<uint8_t*>(ranges.data()), bytes});
+  const auto used = std::span(ranges).first(bytes / sizeof(Range));
+  for (const Range& range : used) {
+    if (range.flags & ~RANGE_UNMAP || (!zero && range.flags != 0)) return UNSUPP;  // 5.2.6.2
+    if (range.sectors > max_range_sectors || !inside(range.sector, range.sectors * sector_size)) return IOERR;
+  }
+  request->parts = static_cast<unsigned>(used.size());
+  for (const Range& range : used) {
+    const uint64_t offset = range.sector * sector_size, length = range.sectors * sector_size;
+    if (zero)
+      image_->write_zeroes(offset, length, range.flags & RANGE_UNMAP, part(request));
+    else
+      image_->discard(offset, length, part(request));
+  }
+  return under_way;
+}
+
+// 5.2.6: 20 bytes, not ended by a zero when all are used.
+uint8_t Block::identify(const Request& request) noexcept {
+  std::array<uint8_t, max_serial> id{};
+  std::ranges::copy(config_.serial, id.begin());
+  if (request.status_at < id.size()) return IOERR;
+  request.chain.write(0, id);
+  return OK;
+}
+
+// --- Completions
+
+block::Completion Block::part(const Pointer& request) noexcept {
+  return [this, request](int error) { part_done(request, error); };
+}
+
+void Block::part_done(const Pointer& request, int error) noexcept {
+  std::unique_lock lock(mutex_, std::defer_lock);
+  const bool inside_request = giving_.load() == std::this_thread::get_id();
+  if (!inside_request) lock.lock();
+  if (error != 0) request->error = error;
+  if (--request->parts != 0) return;
+  complete(*request, request->error == 0 ? OK : request->error == EOPNOTSUPP ? UNSUPP : IOERR);
+  if (!inside_request) notify(request->queue);
+}
+
+void Block::complete(const Request& request, uint8_t status) noexcept {
+  request.chain.write(request.status_at, {&status, 1});
+  queue(request.queue).push(request.chain, static_cast<uint32_t>(request.status_at + 1));
+  out_--, out_of_[request.queue]--;
+  came_back_.notify_all();
+}
+
+void Block::quiesce(std::unique_lock<std::mutex>& lock, int index) noexcept {
+  came_back_.wait(lock, [&] { return index < 0 ? out_ == 0 : out_of_[static_cast<size_t>(index)] == 0; });
+}
+
+// --- Configuration and state
+
+void Block::resized() noexcept {
+  const std::lock_guard lock(mutex_);
+  config_changed();
+}
+
+unsigned Block::config_size() const noexcept {
+  return sizeof(Configuration);
+}
+
+void Block::config_bytes(std::span<uint8_t> out) const noexcept {
+  Configuration config;
+  config.capacity = image_->size() / sector_size;
+  // The unit in which the image works without reading first, as the disk's physical block.
+  for (uint64_t block = sector_size; block < image_->block_size() && config.physical_block_exp < 7;
+       block *= 2)
+    config.physical_block_exp++;
+  config.num_queues = static_cast<uint16_t>(config_.queues);
+  config.discard_sector_alignment =
+      std::max<uint32_t>(1, static_cast<uint32_t>(image_->discard_granularity() / sector_size));
+  std::memcpy(out.data(), &config, sizeof config);
+}
+
+// The disk's contents are the image's; only its size tells a restored machine that it has the right one.
+void Block::save_device(nlohmann::json& json) const {
+  json = {{"capacity", image_->size() / sector_size}};
+}
+
+void Block::load_device(const nlohmann::json& json) {
+  if (!json.is_object() || !json.contains("capacity") || json["capacity"] != image_->size() / sector_size)
+    usage_error(
+        "saved state of virtio-blk: the disk has another size; give the image that was saved with it");
+}
+
+}  // namespace lodge::device::virtio
