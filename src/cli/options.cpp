@@ -181,17 +181,27 @@ std::string words_to(const CLI::App& app) {
   return app.get_parent() ? words_to(*app.get_parent()) + " " + app.get_name() : app.get_name();
 }
 
+// The word at `at` must be one of the group's commands, and so on for groups in it.
+void refuse_unknown_command(const CLI::App& group, std::span<const char* const> arguments, size_t at) {
+  const auto known = group.get_subcommands([](const CLI::App*) { return true; });
+  if (known.empty() || arguments.size() <= at || arguments[at][0] == '-') return;
+  const std::string word = arguments[at];
+  std::string names;
+  for (const auto* sub : known) {
+    if (sub->check_name(word)) return refuse_unknown_command(*sub, arguments, at + 1);
+    names += (names.empty() ? "" : sub == known.back() ? " and " : ", ") + sub->get_name();
+  }
+  const std::string path = words_to(group).substr(5);  // without "lodge"
+  usage_error("unknown command '{}{}'; there are {}, see '{} --help'",
+              path.empty() ? "" : path.substr(1) + " ", word, names, words_to(group));
+}
+
 }  // namespace
 
 Command parse_command_line(std::span<const char* const> arguments) {
   detail::RawOptions raw;
   const auto app = detail::describe_command_line(raw);
-  const auto known = app->get_subcommands([](const CLI::App*) { return true; });
-  if (arguments.size() > 1 && arguments[1][0] != '-' &&
-      std::ranges::none_of(known, [&](const auto* sub) { return sub->check_name(arguments[1]); })) {
-    usage_error("unknown command '{}'; there are run, image, doctor and completion, see 'lodge --help'",
-                arguments[1]);
-  }
+  refuse_unknown_command(*app, arguments, 1);
   // CLI11 takes the words in reverse order and without the program's name.
   std::vector<std::string> words(arguments.begin() + 1, arguments.end());
   std::ranges::reverse(words);

@@ -1,4 +1,5 @@
 // lodge image, from outside.
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -6,6 +7,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "base/fd.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -176,6 +178,8 @@ TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   write("text", "not an image");
   refuse({"check", path("text")}, "not a qcow2 image");
   refuse({"rebase", path("disk")}, "--no-backing");
+  refuse({"fly"}, "there are create, info, check, convert, resize, snapshot and rebase");
+  refuse({}, "lodge image --help");
   EXPECT_FALSE(std::filesystem::exists(path("new")));
 }
 
@@ -184,12 +188,16 @@ TEST_F(ImageCommand, AnImageInUseIsRefusedAndTheUserNamed) {
   succeed({"create", path("disk"), "1M"});
   testing_support::Process other(
       {"/usr/bin/qemu-io", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 20000", path("disk")});
-  // It says nothing that could be waited for until it ends: the lock itself is.
-  Result result = image({"resize", path("disk"), "2M"});
-  for (int i = 0; i < 100 && result.status == 0; i++) {
+  // It says nothing that could be waited for until it ends; its lock on byte 101 ("I write") is what tells.
+  const Fd fd(::open(path("disk").c_str(), O_RDWR | O_CLOEXEC));
+  struct flock held {};
+  for (int i = 0; i < 500; i++) {
+    held = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = 101, .l_len = 1, .l_pid = 0};
+    ASSERT_EQ(::fcntl(fd.get(), F_OFD_GETLK, &held), 0);
+    if (held.l_type != F_UNLCK) break;
     ::usleep(20000);
-    result = image({"resize", path("disk"), "+1M"});
   }
+  const Result result = image({"resize", path("disk"), "2M"});
   EXPECT_EQ(result.status, 2);
   EXPECT_THAT(result.err, AllOf(HasSubstr("qemu-io"), HasSubstr(std::to_string(other.pid()))));
 }

@@ -142,6 +142,40 @@ TEST_F(Features, CompressedClustersAreReadByQemu) {
   }
 }
 
+// Snapshots and compressed images that QEMU has made, where clusters are shared by both.
+TEST_F(Features, TakesOverWhatQemuHasMade) {
+  if (!have_qemu()) GTEST_SKIP();
+  std::vector<uint8_t> data(6 << 20);
+  for (size_t i = 0; i < data.size(); i++)
+    data[i] = static_cast<uint8_t>(i % 1000 < 600 ? i >> 12 : i * i >> 7);
+  FileStorage raw(Fd(::open((directory_ / "raw").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)), "raw",
+                  Use::write, make_engine(Engine::threads));
+  ASSERT_EQ(raw.write(data.data(), data.size(), 0), 0);
+  for (const char* type : {"zlib", "zstd"}) {
+    const std::string path = directory_ / type;
+    qemu_img({"convert", "-c", "-O", "qcow2", "-o", std::string("compression_type=") + type, "-f", "raw",
+              directory_ / "raw", path});
+    qemu_img({"snapshot", "-c", "theirs", path});
+    qemu_io(path, {"write -P 7 100k 500k"});
+    {
+      const auto image = open_image(path, {});
+      auto& qcow2 = dynamic_cast<Qcow2Image&>(*image);
+      auto expected = data;
+      std::fill_n(expected.begin() + 102400, 512000, 7);
+      EXPECT_EQ(all(*image), expected);
+      ASSERT_EQ(qcow2.create_snapshot("ours"), 0);
+      ASSERT_EQ(qcow2.apply_snapshot("theirs"), 0);
+      EXPECT_EQ(all(*image), data);
+      ASSERT_EQ(qcow2.delete_snapshot("theirs"), 0);
+    }
+    qemu_img({"check", "-q", path});
+    qemu_img({"snapshot", "-a", "ours", path});
+    qemu_img({"snapshot", "-d", "ours", path});
+    qemu_img({"check", "-q", path});
+    EXPECT_EQ(all(*open_image(path, {}))[102400], 7);
+  }
+}
+
 TEST_F(Features, CompressedWritesRefuseWhatHasContents) {
   const std::string path = make("disk");
   const auto image = open_image(path, {});
