@@ -11,6 +11,7 @@
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
+#include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
 
 namespace {
@@ -55,7 +56,17 @@ class NoDisk final : public block::Image {
   int close() noexcept override { return 0; }
 };
 
+class NoWire final : public net::Backend {
+ public:
+  void connect(net::Card&) noexcept override {}
+  void disconnect() noexcept override {}
+  void send(std::span<const uint8_t>) noexcept override {}
+};
+
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      return std::make_unique<virtio::Network>(memory, std::make_shared<NoWire>(), virtio::Network::Config{});
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Block>(memory, std::make_shared<NoDisk>(),
                                              virtio::Block::Config{"", 2});

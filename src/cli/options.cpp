@@ -7,6 +7,7 @@
 #include "base/error.hpp"
 #include "cli/version.hpp"
 #include "device/table.hpp"
+#include "net/user.hpp"
 #include "vm/ending.hpp"
 
 namespace lodge::cli {
@@ -18,6 +19,7 @@ Examples:
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
   lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
+  lodge run --kernel vmlinuz --initrd initramfs --net user --forward 2222:22
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image create disk.qcow2 20G
   lodge doctor
@@ -80,6 +82,15 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--serial", raw.serial, "a serial port: stdio, file:PATH, pty or null; up to 4 times")
       ->type_name("WHERE")
       ->allow_extra_args(false);
+  run->add_option("--net", raw.net, "user: a network card behind a NAT that needs no privilege; or none")
+      ->type_name("KIND")
+      ->capture_default_str();
+  run->add_option(
+         "--forward", raw.forwards,
+         "a port of the host that leads into the guest: [udp:][ADDRESS:]HOST:GUEST; implies --net user; "
+         "repeatable")
+      ->type_name("PORTS")
+      ->allow_extra_args(false);
   run->add_option(
          "--disk", raw.disks,
          "a disk: FILE[,readonly][,snapshot][,format=raw|qcow2][,serial=TEXT][,queues=N]; repeatable")
@@ -124,6 +135,7 @@ Values values_of(const std::string& option) {
   if (option == "--compression") return {{"zlib", "zstd"}, false};
   if (option == "--preallocation") return {{"off", "full"}, false};
   if (option == "--serial" || option == "--console") return {{"stdio", "file:", "pty", "null"}, false};
+  if (option == "--net") return {{"user", "none"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
   if (option == "--device") {
@@ -161,6 +173,11 @@ RunCommand understand_run(const detail::RawOptions& raw) {
     if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
     config.devices.push_back({"virtio-console", {{"console", raw.console}}});
   }
+  if (raw.net != "none" && raw.net != "user")
+    usage_error("--net: unknown network '{}'; choose user or none", raw.net);
+  for (const auto& text : raw.forwards) net::parse_forward("--forward", text);
+  if (raw.net == "user" || !raw.forwards.empty())
+    config.devices.push_back({"virtio-net", {{"forward", fmt::format("{}", fmt::join(raw.forwards, "+"))}}});
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;

@@ -17,6 +17,7 @@
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
 #include "machine/memory.hpp"
+#include "net/backend.hpp"
 
 namespace lodge::device {
 
@@ -42,6 +43,9 @@ struct DeviceContext {
   // also when another device of this machine has it.
   std::function<std::shared_ptr<block::Image>(const std::string& path, const block::OpenOptions& options)>
       open_disk;
+  // User-mode networking with these forwards ("2222:22", joined by '+'), or what the same card had before a
+  // machine reset. Throws UsageError.
+  std::function<std::shared_ptr<net::Backend>(const std::string& forwards)> open_user_network;
   pci::Root& pci;
   machine::MsiTarget& msi;
   machine::Doorbells& doorbells;

@@ -47,6 +47,7 @@ class TableTest : public ::testing::Test {
                         [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); },
                         [this](const std::string&, const std::string&, bool) { return backend; },
                         nullptr,
+                        nullptr,
                         pci,
                         platform,
                         platform,

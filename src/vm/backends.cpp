@@ -2,9 +2,11 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "base/error.hpp"
+#include "net/user.hpp"
 
 namespace lodge::vm {
 
@@ -49,6 +51,19 @@ std::shared_ptr<block::Image> Backends::open_disk(const std::string& path,
   if (disk && disk.use_count() > 1) usage_error("--disk {}: the same file is given twice", path);
   if (!disk) disk = block::open_image(path, options);
   return disk;
+}
+
+std::shared_ptr<net::Backend> Backends::open_user_network(const std::string& forwards) {
+  const auto [first, last] = networks_.equal_range(forwards);
+  for (auto network = first; network != last; ++network)
+    if (network->second.use_count() == 1) return network->second;  // its card went with a reset
+  std::vector<net::Forward> all;
+  for (size_t at = 0; at < forwards.size();) {
+    const size_t plus = std::min(forwards.find('+', at), forwards.size());
+    all.push_back(net::parse_forward("--forward", std::string_view(forwards).substr(at, plus - at)));
+    at = plus + 1;
+  }
+  return networks_.emplace(forwards, net::open_user_network(all))->second;
 }
 
 void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "block/image.hpp"
+#include "net/backend.hpp"
 #include "vm/config.hpp"
 #include "vm/stream.hpp"
 
@@ -29,6 +30,8 @@ class Backends {
   // The disk image at `path`, opened at its first use. It stays open over machine resets, so that a temporary
   // overlay keeps what the guest has written. Throws UsageError, also when a device has it.
   std::shared_ptr<block::Image> open_disk(const std::string& path, const block::OpenOptions& options);
+  // A user-mode network with these forwards, joined by '+'. It outlives machine resets. Throws UsageError.
+  std::shared_ptr<net::Backend> open_user_network(const std::string& forwards);
   // The pseudo-terminals that devices have opened: the option and the path.
   const std::vector<std::pair<std::string, std::string>>& device_terminals() const noexcept {
     return device_terminals_;
@@ -58,6 +61,7 @@ class Backends {
   std::set<std::string> readers_;  // the options that have it
   std::vector<std::pair<std::string, std::string>> device_terminals_;
   std::map<std::string, std::shared_ptr<block::Image>> disks_;
+  std::multimap<std::string, std::shared_ptr<net::Backend>> networks_;
   std::vector<File> files_;
   bool kept_ = false;
   std::vector<std::shared_ptr<Stream>> serial_;

@@ -177,6 +177,8 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
           -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option, input); },
       .open_disk = [this](const std::string& path,
                           const block::OpenOptions& options) { return backends_.open_disk(path, options); },
+      .open_user_network =
+          [this](const std::string& forwards) { return backends_.open_user_network(forwards); },
       .pci = *pci_,
       .msi = platform_,
       .doorbells = platform_,

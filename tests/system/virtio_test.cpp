@@ -1,10 +1,14 @@
 // Debian's kernel with VirtIO devices: its own drivers use each of them.
+#include <arpa/inet.h>
 #include <fmt/format.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include <fstream>
 #include <regex>
+#include <thread>
 
+#include "base/fd.hpp"
 #include "system/guest.hpp"
 
 namespace lodge {
@@ -123,6 +127,103 @@ TEST_F(Virtio, DiskIsReadAndWritten) {
   EXPECT_NE(before, after);
   EXPECT_THAT(out, HasSubstr(after + "  /dev/vda"));
   EXPECT_THAT(out, ContainsRegex("0 +1"));
+}
+
+// The least of an HTTP server: any request gets one file. On 127.0.0.1, a thread a test.
+class HttpServer {
+ public:
+  explicit HttpServer(std::string body)
+      : body_(std::move(body)), socket_(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    ::bind(socket_.get(), reinterpret_cast<sockaddr*>(&address), sizeof address);
+    ::listen(socket_.get(), 8);
+    socklen_t size = sizeof address;
+    ::getsockname(socket_.get(), reinterpret_cast<sockaddr*>(&address), &size);
+    port_ = ntohs(address.sin_port);
+    thread_ = std::thread([this] { serve(); });
+  }
+  ~HttpServer() {
+    ::shutdown(socket_.get(), SHUT_RDWR);
+    thread_.join();
+  }
+  uint16_t port() const { return port_; }
+
+ private:
+  void serve() {
+    for (;;) {
+      const Fd peer(::accept(socket_.get(), nullptr, nullptr));
+      if (!peer) return;
+      std::string request;
+      std::array<char, 1024> piece;
+      while (request.find("\r\n\r\n") == std::string::npos) {
+        const ssize_t count = ::read(peer.get(), piece.data(), piece.size());
+        if (count <= 0) break;
+        request.append(piece.data(), static_cast<size_t>(count));
+      }
+      const std::string answer =
+          fmt::format("HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n", body_.size()) + body_;
+      for (size_t done = 0; done < answer.size();) {
+        const ssize_t count = ::send(peer.get(), answer.data() + done, answer.size() - done, MSG_NOSIGNAL);
+        if (count <= 0) break;
+        done += static_cast<size_t>(count);
+      }
+    }
+  }
+  std::string body_;
+  Fd socket_;
+  uint16_t port_ = 0;
+  std::thread thread_;
+};
+
+TEST_F(Virtio, NetworkGetsAnAddressAndDownloads) {
+  NEEDS_GUEST("cloud");
+  const DiskFile file(8 << 20);
+  std::ifstream stream(file.path, std::ios::binary);
+  const HttpServer server(std::string(std::istreambuf_iterator<char>(stream), {}));
+  for (const char* device : {"virtio-net", "virtio-net,packed=off,legacy=off"}) {
+    const std::string out = shell(
+        fmt::format("ip link set eth0 up; udhcpc -q -n -i eth0 -s /bin/guest-dhcp; wget -q -O /tmp/file "
+                    "http://10.0.2.2:{}/file && sha256sum /tmp/file; cat /etc/resolv.conf",
+                    server.port()),
+        {"--device", device});
+    EXPECT_THAT(out, HasSubstr("eth0 has 10.0.2.15")) << device;
+    EXPECT_THAT(out, HasSubstr(file.sha256() + "  /tmp/file")) << device;
+    EXPECT_THAT(out, HasSubstr("nameserver 10.0.2.3")) << device;
+  }
+}
+
+// The guest listens, the host connects to the forwarded port.
+TEST_F(Virtio, ForwardedPortLeadsIntoTheGuest) {
+  NEEDS_GUEST("cloud");
+  uint16_t port = 0;
+  { port = HttpServer("").port(); }  // one that was free a moment ago
+  Process process(
+      command("cloud", "console=ttyS0 quiet lodge.mode=shell", {"--forward", fmt::format("{}:7777", port)}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  process.send(
+      "ip link set eth0 up; udhcpc -q -n -i eth0 -s /bin/guest-dhcp; echo ready=$((2+3)); "
+      "echo from the guest | nc -l -p 7777\n");
+  ASSERT_TRUE(process.wait_output("ready=5", boot_patience)) << process.out();
+  std::string text;
+  for (int attempt = 0; attempt < 100 && text.empty(); attempt++) {
+    const Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_port = htons(port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) == 0) {
+      std::array<char, 64> piece{};
+      const ssize_t count = ::read(socket.get(), piece.data(), piece.size());
+      if (count > 0) text.assign(piece.data(), static_cast<size_t>(count));
+    }
+    if (text.empty()) ::usleep(100'000);
+  }
+  EXPECT_EQ(text, "from the guest\n");
+  process.send("\npoweroff -f\n");
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
 }
 
 TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {

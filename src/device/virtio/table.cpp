@@ -1,11 +1,15 @@
 // The rows of the VirtIO devices.
 #include <fmt/format.h>
 
+#include <cstdio>
+
 #include "base/error.hpp"
+#include "device/pci/root.hpp"
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/mount.hpp"
+#include "device/virtio/network.hpp"
 
 namespace lodge::device::virtio {
 
@@ -65,10 +69,42 @@ std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const De
                Served::by_itself);
 }
 
+constexpr auto network_options = options_with_common(
+    OptionSchema{"forward", "", "", "ports of the host that lead into the guest: HOST:GUEST, joined by '+'"},
+    OptionSchema{"mac", "", "auto", "the card's address, for example 52:54:00:12:34:56"},
+    OptionSchema{"mtu", "host_mtu", "0", "the largest packet, 68 to 65535; 0: the guest's choice"});
+
+// Locally administered, and another one for each slot.
+Network::Mac parse_mac(const std::string& text, unsigned slot) {
+  if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(slot)};
+  Network::Mac mac{};
+  int length = 0;
+  const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
+                                &mac[2], &mac[3], &mac[4], &mac[5], &length);
+  if (count != 6 || static_cast<size_t>(length) != text.size() || text.size() != 17 || mac[0] & 1)
+    usage_error("--device virtio-net,mac={}: give six bytes of a single card, for example 52:54:00:12:34:56",
+                text);
+  return mac;
+}
+
+std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options) {
+  const unsigned slot = options.text("slot") == "auto" ? context.pci.free_slot() : 0;
+  Network::Config config{.mac = parse_mac(options.text("mac"), slot)};
+  config.mtu = static_cast<uint16_t>(options.number("mtu", 0, 65535));
+  if (config.mtu != 0 && config.mtu < 68)
+    usage_error("--device virtio-net,mtu={}: give 68 to 65535", config.mtu);
+  return mount(context, options,
+               std::make_unique<Network>(context.ram, context.open_user_network(options.text("forward")),
+                                         config, ring_features(options)),
+               Served::by_itself);
+}
+
 constexpr std::array table{
     DeviceDescriptor{"virtio-blk", "a disk image (Linux: /dev/vda)", block_options, make_block},
     DeviceDescriptor{"virtio-console", "a console (Linux: hvc0) and named ports", console_options,
                      make_console},
+    DeviceDescriptor{"virtio-net", "a network card with user-mode NAT (Linux: eth0)", network_options,
+                     make_network},
     DeviceDescriptor{
         "virtio-rng", "random numbers from the host (Linux: /dev/hwrng)", entropy_options,
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {

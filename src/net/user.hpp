@@ -1,0 +1,29 @@
+// User-mode networking: a NAT by libslirp inside the process. Needs no privilege and changes nothing on the
+// host.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "net/backend.hpp"
+
+namespace lodge::net {
+
+// One port of the host that leads into the guest.
+struct Forward {
+  bool udp = false;
+  std::string host = "127.0.0.1";  // the host's address to listen on
+  uint16_t host_port = 0, guest_port = 0;
+  bool operator==(const Forward&) const = default;
+};
+// "2222:22", "udp:5353:53", "0.0.0.0:8080:80". Throws UsageError naming `option`.
+Forward parse_forward(std::string_view option, std::string_view text);
+
+// The guest is 10.0.2.15 by DHCP, the host 10.0.2.2 (its own 127.0.0.1 appears there), DNS 10.0.2.3; the same
+// with fec0:: in IPv6. Throws UsageError when a port cannot be listened on, std::system_error when the host
+// has no thread.
+std::unique_ptr<Backend> open_user_network(const std::vector<Forward>& forwards);
+
+}  // namespace lodge::net

@@ -1,0 +1,111 @@
+#include "net/user.hpp"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <mutex>
+
+#include "base/error.hpp"
+
+namespace lodge::net {
+namespace {
+
+class Listener final : public Card {
+ public:
+  bool receive(std::span<const uint8_t> frame) noexcept override {
+    const std::lock_guard lock(mutex);
+    if (!room) return false;
+    frames.emplace_back(frame.begin(), frame.end());
+    return true;
+  }
+  // Waits for a frame for which `matches` holds.
+  template <class Matches>
+  bool saw(Matches matches, int milliseconds = 5000) {
+    for (int i = 0; i < milliseconds; i++) {
+      {
+        const std::lock_guard lock(mutex);
+        for (const auto& frame : frames)
+          if (matches(frame)) return true;
+      }
+      ::usleep(1000);
+    }
+    return false;
+  }
+  std::mutex mutex;
+  bool room = true;
+  std::vector<std::vector<uint8_t>> frames;
+};
+
+// Who has 10.0.2.2?
+std::vector<uint8_t> arp_request() {
+  std::vector<uint8_t> frame(60);
+  const uint8_t bytes[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x52, 0x54, 0,    1,    2,  3, 8, 6,
+                           0,    1,    8,    0,    6,    4,    0,    1,    0x52, 0x54, 0,  1, 2, 3,
+                           10,   0,    2,    15,   0,    0,    0,    0,    0,    0,    10, 0, 2, 2};
+  std::copy(std::begin(bytes), std::end(bytes), frame.begin());
+  return frame;
+}
+bool is_arp_reply(const std::vector<uint8_t>& frame) {
+  return frame.size() >= 42 && frame[12] == 8 && frame[13] == 6 && frame[21] == 2 && frame[31] == 2;
+}
+
+TEST(UserNetwork, AnswersTheGuest) {
+  Listener card;
+  const auto network = open_user_network({});
+  network->connect(card);
+  network->send(arp_request());
+  EXPECT_TRUE(card.saw(is_arp_reply));
+  network->disconnect();
+}
+
+TEST(UserNetwork, FramesWaitForRoom) {
+  Listener card;
+  card.room = false;
+  const auto network = open_user_network({});
+  network->connect(card);
+  network->send(arp_request());
+  ::usleep(50'000);
+  {
+    const std::lock_guard lock(card.mutex);
+    EXPECT_TRUE(card.frames.empty());
+    card.room = true;
+  }
+  network->receive_ready();
+  EXPECT_TRUE(card.saw(is_arp_reply));
+  network->disconnect();
+}
+
+TEST(UserNetwork, OddFramesDoNotHurt) {
+  Listener card;
+  const auto network = open_user_network({});
+  network->connect(card);
+  uint32_t value = 1;
+  for (size_t size = 0; size < 2000; size++) {
+    std::vector<uint8_t> frame(size % 1600);
+    for (auto& byte : frame) byte = static_cast<uint8_t>((value = value * 1664525 + 1013904223) >> 24);
+    if (size % 2 == 0 && frame.size() > 34) frame[12] = 8, frame[13] = 0, frame[14] = 0x45;
+    network->send(frame);
+  }
+  network->send(arp_request());
+  // Some are dropped when too many wait: ask until it has caught up.
+  for (int i = 0; i < 100 && !card.saw(is_arp_reply, 100); i++) network->send(arp_request());
+  EXPECT_TRUE(card.saw(is_arp_reply));
+  network->disconnect();
+}
+
+TEST(Forwards, AreParsed) {
+  EXPECT_EQ(parse_forward("--forward", "2222:22"), (Forward{false, "127.0.0.1", 2222, 22}));
+  EXPECT_EQ(parse_forward("--forward", "udp:53:5353"), (Forward{true, "127.0.0.1", 53, 5353}));
+  EXPECT_EQ(parse_forward("--forward", "tcp:0.0.0.0:80:8080"), (Forward{false, "0.0.0.0", 80, 8080}));
+  for (const char* bad : {"", "22", "0:22", "1:70000", "a:b", "x.y:1:2", ":", "1:2x"})
+    EXPECT_THROW(parse_forward("--forward", bad), UsageError) << bad;
+}
+
+TEST(Forwards, APortThatIsTakenIsRefused) {
+  const auto network = open_user_network({Forward{false, "127.0.0.1", 28762, 22}});
+  EXPECT_THROW(open_user_network({Forward{false, "127.0.0.1", 28762, 22}}), UsageError);
+}
+
+}  // namespace
+}  // namespace lodge::net
