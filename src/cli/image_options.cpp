@@ -51,18 +51,8 @@ void add_progress(CLI::App& command, RawImageOptions& raw) {
   command.add_flag("--progress", raw.progress, "show progress also where stderr is no terminal");
 }
 
-}  // namespace
-
-void describe_image(CLI::App& app, RawImageOptions& raw) {
-  auto* image = app.add_subcommand("image", "Make, examine and change disk images");
-  image->require_subcommand(1);
-  image->footer(
-      "\nExamples:\n"
-      "  lodge image create disk.qcow2 20G\n"
-      "  lodge image convert --compress debian.raw debian.qcow2\n"
-      "  lodge image snapshot disk.qcow2 --create before-upgrade\n");
-
-  auto* create = add(*image, raw, "create", "Make a new, empty image", "the image; must not exist");
+void describe_create(CLI::App& group, RawImageOptions& raw) {
+  auto* create = add(group, raw, "create", "Make a new, empty image", "the image; must not exist");
   create->add_option("size", raw.size, "of the disk; with --backing: that file's, if not given")
       ->type_name("SIZE");
   add_format(*create, raw, "qcow2 or raw (default: qcow2)");
@@ -75,19 +65,25 @@ void describe_image(CLI::App& app, RawImageOptions& raw) {
                  "  lodge image create disk.qcow2 20G\n"
                  "  lodge image create --backing base.qcow2 overlay.qcow2\n"
                  "  lodge image create --format raw --preallocation full disk.raw 8G\n");
+}
 
-  auto* info = add(*image, raw, "info", "Tell what an image is", "the image");
+void describe_info(CLI::App& group, RawImageOptions& raw) {
+  auto* info = add(group, raw, "info", "Tell what an image is", "the image");
   add_format(*info, raw, "raw or qcow2 (default: by contents)");
   info->add_flag("--chain", raw.chain, "also all backing files behind it");
   info->footer("\nExample:\n  lodge image info --chain --json disk.qcow2\n");
+}
 
-  auto* check = add(*image, raw, "check", "Look for damage in a qcow2 image", "the image");
+void describe_check(CLI::App& group, RawImageOptions& raw) {
+  auto* check = add(group, raw, "check", "Look for damage in a qcow2 image", "the image");
   check->add_option("--repair", raw.repair, "leaks: give lost space back; all: also mend damage")
       ->type_name("WHAT");
   add_progress(*check, raw);
   check->footer(std::string(sizes_help) + "\nExample:\n  lodge image check --repair leaks disk.qcow2\n");
+}
 
-  auto* convert = add(*image, raw, "convert", "Copy an image into another format", "the image to copy");
+void describe_convert(CLI::App& group, RawImageOptions& raw) {
+  auto* convert = add(group, raw, "convert", "Copy an image into another format", "the image to copy");
   convert->add_option("target", raw.target, "the copy; must not exist")->required()->type_name("TARGET");
   convert->add_option("--source-format", raw.source_format, "raw or qcow2 (default: by contents)")
       ->type_name("FORMAT");
@@ -100,14 +96,18 @@ void describe_image(CLI::App& app, RawImageOptions& raw) {
       "  lodge image convert debian.raw debian.qcow2\n"
       "  lodge image convert --compress --compression zstd disk.qcow2 small.qcow2\n"
       "  lodge image convert --format raw disk.qcow2 disk.raw\n");
+}
 
-  auto* resize = add(*image, raw, "resize", "Change the size of a disk", "the image");
+void describe_resize(CLI::App& group, RawImageOptions& raw) {
+  auto* resize = add(group, raw, "resize", "Change the size of a disk", "the image");
   resize->add_option("size", raw.size, "the new size, or +SIZE or -SIZE")->required()->type_name("SIZE");
   add_format(*resize, raw, "raw or qcow2 (default: by contents)");
   resize->add_flag("--shrink", raw.shrink, "allow it to become smaller: what lies behind the end is lost");
   resize->footer(std::string(sizes_help) + "\nExample:\n  lodge image resize disk.qcow2 +10G\n");
+}
 
-  auto* snapshot = add(*image, raw, "snapshot", "Snapshots inside a qcow2 image", "the image");
+void describe_snapshot(CLI::App& group, RawImageOptions& raw) {
+  auto* snapshot = add(group, raw, "snapshot", "Snapshots inside a qcow2 image", "the image");
   snapshot->add_flag("--list", raw.list, "list them (what happens when nothing else is asked for)");
   snapshot->add_option("--create", raw.create_name, "keep the contents of now under this name")
       ->type_name("NAME");
@@ -118,8 +118,10 @@ void describe_image(CLI::App& app, RawImageOptions& raw) {
       "\nExamples:\n"
       "  lodge image snapshot disk.qcow2 --create before-upgrade\n"
       "  lodge image snapshot disk.qcow2 --apply before-upgrade\n");
+}
 
-  auto* rebase = add(*image, raw, "rebase", "Put another backing file under a qcow2 image", "the image");
+void describe_rebase(CLI::App& group, RawImageOptions& raw) {
+  auto* rebase = add(group, raw, "rebase", "Put another backing file under a qcow2 image", "the image");
   rebase->add_option("--backing", raw.backing, "the new backing file")->type_name("FILE");
   rebase->add_option("--backing-format", raw.backing_format, "its format: raw or qcow2")->type_name("FORMAT");
   rebase->add_flag("--no-backing", raw.no_backing, "make the image stand alone");
@@ -130,6 +132,25 @@ void describe_image(CLI::App& app, RawImageOptions& raw) {
       "\nExamples:\n"
       "  lodge image rebase --backing base-2.qcow2 overlay.qcow2\n"
       "  lodge image rebase --no-backing overlay.qcow2\n");
+}
+
+}  // namespace
+
+void describe_image(CLI::App& app, RawImageOptions& raw) {
+  auto* image = app.add_subcommand("image", "Make, examine and change disk images");
+  image->require_subcommand(1);
+  image->footer(
+      "\nExamples:\n"
+      "  lodge image create disk.qcow2 20G\n"
+      "  lodge image convert --compress debian.raw debian.qcow2\n"
+      "  lodge image snapshot disk.qcow2 --create before-upgrade\n");
+  describe_create(*image, raw);
+  describe_info(*image, raw);
+  describe_check(*image, raw);
+  describe_convert(*image, raw);
+  describe_resize(*image, raw);
+  describe_snapshot(*image, raw);
+  describe_rebase(*image, raw);
 }
 
 }  // namespace detail
