@@ -72,6 +72,7 @@ void Metadata::gather_counts(Stages& stages) {
                             {block.bytes.begin() + static_cast<ptrdiff_t>(range.begin),
                              block.bytes.begin() + static_cast<ptrdiff_t>(range.end)}});
     stages.blocks.emplace_back(index, std::exchange(block.dirty, {}));
+    block.pins++;
   }
   Header switched = on_disk_;
   stages.refcount_table = std::exchange(refcount_table_dirty_, {});
@@ -98,6 +99,7 @@ Metadata::Stages Metadata::gather() {
     auto& stage = table.reachable ? stages.third : stages.first;
     stage.push_back({table.offset + range.begin, big_endian(table.words, range)});
     stages.l2.emplace_back(index, std::exchange(table.dirty, {}));
+    table.pins++;
     if (!table.reachable) stages.now_reachable.push_back(index);
     table.reachable = true;
   }
@@ -123,18 +125,29 @@ Metadata::Stages Metadata::gather() {
   return stages;
 }
 
+// Until they are written, tables must stay in memory: read again from the file they would be old.
+void Metadata::unpin(const Stages& stages) {
+  for (const auto& [index, range] : stages.l2)
+    if (const auto found = l2_.find(index); found != l2_.end()) found->second.pins--;
+  for (const auto& [index, range] : stages.blocks)
+    if (const auto found = blocks_.find(index); found != blocks_.end()) found->second.pins--;
+}
+
 void Metadata::restore(Stages& stages) {
   const auto again = [](DirtyRange& range, const DirtyRange& old) {
     if (!old.empty()) range.add(old.begin, old.end);
   };
+  // One that is missing was dropped with all others: a snapshot has been applied.
   for (const auto& [index, range] : stages.l2) {
-    L2Table& table = l2_[index];  // changed tables are not evicted, and gather() has just had it
-    if (table.words.empty()) continue;
-    if (table.dirty.empty()) dirty_l2_++;
-    again(table.dirty, range);
+    const auto found = l2_.find(index);
+    if (found == l2_.end()) continue;
+    if (found->second.dirty.empty()) dirty_l2_++;
+    again(found->second.dirty, range);
   }
-  for (const uint64_t index : stages.now_reachable) l2_[index].reachable = false;
-  for (const auto& [index, range] : stages.blocks) again(blocks_[index].dirty, range);
+  for (const uint64_t index : stages.now_reachable)
+    if (const auto found = l2_.find(index); found != l2_.end()) found->second.reachable = false;
+  for (const auto& [index, range] : stages.blocks)
+    if (const auto found = blocks_.find(index); found != blocks_.end()) again(found->second.dirty, range);
   again(l1_dirty_, stages.l1);
   again(refcount_table_dirty_, stages.refcount_table);
   l1_moved_ |= stages.l1_moved;
@@ -186,6 +199,7 @@ int Metadata::commit_once() noexcept {
   lock.unlock();
   const int error = run(stages);
   lock.lock();
+  unpin(stages);
   if (error) {
     restore(stages);
     return error;
@@ -200,12 +214,14 @@ int Metadata::commit_once() noexcept {
   counts.on_disk = on_disk_;
   gather_counts(counts);
   if (!counts.second.empty()) {  // somebody has allocated meanwhile: that takes the whole order
+    unpin(counts);
     restore(counts);
     return 0;
   }
   lock.unlock();
   const int late = write_all(counts.first);
   lock.lock();
+  unpin(counts);
   if (late) restore(counts);
   return 0;
 }
@@ -236,6 +252,7 @@ int Metadata::write_deferred_counts() noexcept {
   const int error = run(stages);
   {
     const std::lock_guard lock(mutex_);
+    unpin(stages);
     if (error) {
       restore(stages);
       counts_deferred_ = true;

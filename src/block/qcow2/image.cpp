@@ -13,7 +13,7 @@ Qcow2Image::Qcow2Image(Parts parts, bool read_only)
       data_(std::move(parts.data)),
       backing_(std::move(parts.backing)),
       read_only_(read_only),
-      metadata_(*storage_, data_.get(), std::move(parts.header), !read_only),
+      metadata_(*storage_, data_.get(), std::move(parts.header), !read_only, parts.cache),
       l2_entries_(metadata_.header().l2_entries()),
       subcluster_bits_(metadata_.cluster_bits() - (metadata_.header().extended_l2() ? 5 : 0)),
       zeros_(metadata_.cluster_size()),

@@ -24,6 +24,7 @@ class Qcow2Image final : public Image {
     std::unique_ptr<Storage> data;   // the external data file, or null
     std::unique_ptr<Image> backing;  // or null
     Header header;
+    CacheLimits cache = {};
   };
   // Opens what the parts describe. An image whose counts are untrue (the dirty bit) is repaired first. Throws
   // UsageError.

@@ -6,22 +6,15 @@
 #include "base/error.hpp"
 
 namespace lodge::block::qcow2 {
-namespace {
-
-// 32 MiB of L2 tables map 256 GiB with the default clusters.
-constexpr size_t l2_cache_bytes = 32 << 20;
-constexpr size_t minimum_tables = 16;
-
-}  // namespace
-
-Metadata::Metadata(Storage& storage, Storage* data, Header header, bool writable)
+Metadata::Metadata(Storage& storage, Storage* data, Header header, bool writable, const CacheLimits& limits)
     : storage_(storage),
       data_(data),
       header_(std::move(header)),
       on_disk_(header_),
       writable_(writable),
       file_size_(storage.size()),
-      maximum_tables_(std::max(minimum_tables, l2_cache_bytes >> header_.cluster_bits)),
+      maximum_tables_(std::max(limits.minimum_tables, limits.l2_bytes >> header_.cluster_bits)),
+      maximum_blocks_(limits.refcount_blocks),
       high_water_(header_.clusters_for(file_size_)) {
   l1_.resize(header_.l1_entries);
   int error = load_table(header_.l1_offset, l1_);
@@ -85,12 +78,18 @@ int Metadata::load_l2(std::unique_lock<std::mutex>& lock, uint64_t index) {
     const uint64_t offset = l1_[index] & entry_offset;
     if (offset == 0 || l2_.contains(index)) return 0;
     if (!plausible(offset, false)) return EIO;
+    if (!loading_l2_.insert(index).second) {
+      loaded_.wait(lock);
+      continue;
+    }
     std::vector<uint64_t> words(cluster_size() / 8);
     lock.unlock();
     const int error = load_table(offset, words);
     lock.lock();
+    loading_l2_.erase(index);
+    loaded_.notify_all();
     if (error) return error;
-    // Meanwhile another thread may have loaded it and even moved it.
+    // Meanwhile a snapshot may have been applied.
     if ((l1_[index] & entry_offset) != offset || l2_.contains(index)) continue;
     evict();
     l2_.emplace(index, L2Table{offset, std::move(words), {}, true, 0, ++use_});

@@ -52,7 +52,7 @@ struct L2Table {
   std::vector<uint64_t> words;
   DirtyRange dirty;       // in bytes
   bool reachable = true;  // from the L1 table on disk
-  unsigned pins = 0;      // requests that will change entries when they end
+  unsigned pins = 0;      // requests that will change entries when they end, commits that write it
   uint64_t last_use = 0;
 };
 
@@ -60,6 +60,14 @@ struct RefcountBlock {
   uint64_t offset = 0;
   std::vector<uint8_t> bytes;
   DirtyRange dirty;
+  unsigned pins = 0;  // commits that write it: until then the file is older than this
+};
+
+// How many tables stay in memory; those with changes do in any case.
+struct CacheLimits {
+  size_t l2_bytes = 32 << 20;   // maps 256 GiB with the default clusters
+  size_t minimum_tables = 16;   // however large a table is
+  size_t refcount_blocks = 64;  // counts 128 GiB of file
 };
 
 struct Allocation {
@@ -72,7 +80,7 @@ struct Allocation {
 class Metadata {
  public:
   // Reads header and top-level tables. `data`: null, or the external data file. Throws UsageError.
-  Metadata(Storage& storage, Storage* data, Header header, bool writable);
+  Metadata(Storage& storage, Storage* data, Header header, bool writable, const CacheLimits& limits);
 
   std::mutex& mutex() { return mutex_; }
   const Header& header() const { return header_; }
@@ -177,6 +185,7 @@ class Metadata {
   Stages gather();
   void gather_counts(Stages& stages);
   void restore(Stages& stages);
+  void unpin(const Stages& stages);
   int write_all(const std::vector<Write>& writes) noexcept;
   int barrier() noexcept;
   int run(const Stages& stages) noexcept;
@@ -197,8 +206,13 @@ class Metadata {
   DirtyRange l1_dirty_;
   bool l1_moved_ = false;
   std::unordered_map<uint64_t, L2Table> l2_;  // by L1 index
-  size_t dirty_l2_ = 0, maximum_tables_;
+  size_t dirty_l2_ = 0;
+  const size_t maximum_tables_, maximum_blocks_;
   uint64_t use_ = 0;
+  // Tables being read without the lock. Nobody else reads them meanwhile: he could change, write and drop his
+  // copy before an older one arrives here.
+  std::unordered_set<uint64_t> loading_l2_, loading_blocks_;
+  std::condition_variable loaded_;
 
   std::vector<uint64_t> refcount_table_;
   DirtyRange refcount_table_dirty_;

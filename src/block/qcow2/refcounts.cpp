@@ -8,8 +8,6 @@ namespace lodge::block::qcow2 {
 namespace {
 
 constexpr uint64_t block_offset_mask = ~uint64_t{511};
-// Blocks that stay in memory: at least 128 GiB of file with the default clusters.
-constexpr size_t maximum_blocks = 64;
 
 }  // namespace
 
@@ -110,20 +108,27 @@ int Metadata::grow_table(uint64_t blocks) {
 int Metadata::load_refcounts(std::unique_lock<std::mutex>& lock) {
   if (!wanted_block_) return 0;
   const uint64_t index = *std::exchange(wanted_block_, std::nullopt);
-  const uint64_t offset = refcount_table_[index] & block_offset_mask;
+  while (!blocks_.contains(index) && !loading_blocks_.insert(index).second) loaded_.wait(lock);
   if (blocks_.contains(index)) return 0;
-  if (offset == 0 || offset % cluster_size() != 0 || offset >= std::max(file_size_, storage_.size()))
-    return EIO;
+  const uint64_t offset = refcount_table_[index] & block_offset_mask;
   RefcountBlock block;
   block.offset = offset;
-  block.bytes.resize(cluster_size());
-  lock.unlock();
-  const int error = storage_.read(block.bytes.data(), block.bytes.size(), offset);
-  lock.lock();
+  int error = 0;
+  if (offset == 0 || offset % cluster_size() != 0 || offset >= std::max(file_size_, storage_.size()))
+    error = EIO;
+  if (error == 0) {
+    block.bytes.resize(cluster_size());
+    lock.unlock();
+    error = storage_.read(block.bytes.data(), block.bytes.size(), offset);
+    lock.lock();
+  }
+  loading_blocks_.erase(index);
+  loaded_.notify_all();
   if (error) return error;
-  if (blocks_.contains(index) || (refcount_table_[index] & block_offset_mask) != offset) return 0;
-  if (blocks_.size() >= maximum_blocks)
-    std::erase_if(blocks_, [](const auto& item) { return item.second.dirty.empty(); });
+  if (blocks_.size() >= maximum_blocks_) {
+    std::erase_if(blocks_,
+                  [](const auto& item) { return item.second.dirty.empty() && item.second.pins == 0; });
+  }
   blocks_.emplace(index, std::move(block));
   return 0;
 }

@@ -135,6 +135,92 @@ TEST_P(Stress, PlacesAreNotUsedAgainTooEarly) {
   EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
 }
 
+// Tables take their time to reach the file.
+class UnhurriedStorage final : public MemoryStorage {
+ public:
+  using MemoryStorage::MemoryStorage;
+  using MemoryStorage::write;
+  int write(const void* data, size_t size, uint64_t offset) noexcept override {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    return MemoryStorage::write(data, size, offset);
+  }
+  void write(std::vector<iovec> buffers, uint64_t offset, Completion done) noexcept override {
+    for (const auto& buffer : buffers) {
+      MemoryStorage::write(buffer.iov_base, buffer.iov_len, offset);
+      offset += buffer.iov_len;
+    }
+    done(0);
+  }
+};
+
+// With room for a single table, every request drops what another needs, also in the middle of a commit.
+class TinyCaches : public testing::TestWithParam<bool> {};
+INSTANTIATE_TEST_SUITE_P(Storage, TinyCaches, testing::Bool(),
+                         [](const auto& instance) { return instance.param ? "Unhurried" : "Hurried"; });
+
+TEST_P(TinyCaches, LoseNothing) {
+  constexpr uint64_t size = 2 << 20, cluster = 512;  // 64 tables of 32 KiB, blocks of 64 counts
+  constexpr unsigned threads = 4, rounds = 1500;
+  const auto disk = std::make_shared<MemoryStorage::Disk>();
+  CreateOptions options;
+  options.size = size;
+  options.cluster_bits = 9;
+  options.refcount_order = 6;
+  {
+    MemoryStorage storage(disk);
+    create(storage, options);
+  }
+  const auto open = [&] {
+    Qcow2Image::Parts parts;
+    if (GetParam())
+      parts.storage = std::make_unique<UnhurriedStorage>(disk);
+    else
+      parts.storage = std::make_unique<MemoryStorage>(disk);
+    parts.header = read_header(*parts.storage);
+    parts.cache = {.l2_bytes = 0, .minimum_tables = 1, .refcount_blocks = 1};
+    return std::make_unique<Qcow2Image>(std::move(parts), false);
+  };
+  auto image = open();
+  std::atomic<unsigned> wrong = 0;
+  std::vector<std::vector<uint32_t>> expected(threads, std::vector<uint32_t>(size / cluster / threads));
+  const auto work = [&](unsigned self) {
+    std::mt19937 random(self);
+    std::vector<uint32_t> data(cluster / 4);
+    for (unsigned round = 0; round < rounds; round++) {
+      const uint64_t index = random() % expected[self].size(), at = (index * threads + self) * cluster;
+      const unsigned kind = random() % 16;
+      if (kind < 8) {
+        expected[self][index] = random();
+        std::ranges::fill(data, expected[self][index]);
+        wrong += write(*image, data.data(), cluster, at) != 0;
+      } else if (kind == 8) {
+        expected[self][index] = 0;
+        wrong += discard(*image, at, cluster) != 0;
+      } else if (kind == 9) {
+        wrong += flush(*image) != 0;
+      } else {
+        wrong += read(*image, data.data(), cluster, at) != 0;
+        wrong += data.front() != expected[self][index] || data.back() != expected[self][index];
+      }
+    }
+  };
+  std::vector<std::thread> workers;
+  for (unsigned i = 0; i < threads; i++) workers.emplace_back(work, i);
+  for (auto& worker : workers) worker.join();
+  EXPECT_EQ(wrong, 0u);
+  ASSERT_EQ(image->close(), 0);
+  {
+    MemoryStorage storage(disk);
+    const CheckResult result = check(storage, Repair::none);
+    EXPECT_EQ(result.corruptions + result.leaks, 0u) << testing::PrintToString(result.findings);
+  }
+  image = open();
+  std::vector<uint32_t> data(size / 4);
+  ASSERT_EQ(read(*image, data.data(), size, 0), 0);
+  for (uint64_t i = 0; i < size / cluster; i++)
+    ASSERT_EQ(data[i * cluster / 4], expected[i % threads][i / threads]) << i;
+}
+
 // Keeps asynchronous transfers back while told to.
 class SlowStorage final : public MemoryStorage {
  public:
