@@ -46,7 +46,7 @@ class Watchdog {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static fuzz::Guest guest({.translate_after = 0, .code_cache = size_t{1} << 20});
+  static fuzz::Guest guest({.translate_after = 0, .superblock_after = 2, .code_cache = size_t{1} << 20});
   static Watchdog watchdog;
   if (size <= fuzz::header_size) return 0;
   const fuzz::Machine machine = fuzz::make_machine(guest, data, size);

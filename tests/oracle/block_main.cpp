@@ -191,8 +191,9 @@ int run(const Options& options) {
   }
   std::printf(
       "%lu blocks of %lu instructions, %zu mnemonics, %lu runs in %.1f s: %lu differ, %lu differ as the "
-      "interpreter does, %lu batches lost\n",
-      done, instructions, generator.mnemonics(), runs, elapsed(), different, as_interpreted, deaths);
+      "interpreter does, %lu batches lost, %lu superblocks\n",
+      done, instructions, generator.mnemonics(), runs, elapsed(), different, as_interpreted, deaths,
+      translated.superblocks());
   std::printf("exceptions:");
   for (const auto& [vector, count] : exceptions) std::printf(" %d:%lu", vector, count);
   std::printf("\n");

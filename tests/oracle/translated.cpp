@@ -50,6 +50,7 @@ struct Translated::Machine {
   explicit Machine(kvm::soft::Engine engine)
       : system(kvm::soft::open({.engine = engine,
                                 .translate_after = 0,
+                                .superblock_after = 2,
                                 // Small, so that it fills up now and then.
                                 .code_cache = size_t{2} << 20})),
         ram(Mapping::anonymous(ram_size)),
@@ -157,6 +158,12 @@ struct Translated::Machine {
 
 Translated::Translated(kvm::soft::Engine engine) : machine_(std::make_unique<Machine>(engine)) {}
 Translated::~Translated() = default;
+
+uint64_t Translated::superblocks() const {
+  for (const kvm::Statistic& s : machine_->vcpu->statistics())
+    if (std::string_view(s.name) == "superblocks") return s.value;
+  return 0;
+}
 
 void Translated::run(const Case& c, bool fresh_code, std::span<const uint8_t> memory, Outcome& out) {
   Machine& m = *machine_;

@@ -19,6 +19,8 @@ class Translated {
 
   // Runs a case. `fresh_code`: it is another than that of the last run, or has changed itself.
   void run(const Case& c, bool fresh_code, std::span<const uint8_t> memory, Outcome& outcome);
+  // Paths that became one piece so far.
+  uint64_t superblocks() const;
 
  private:
   struct Machine;

@@ -15,6 +15,9 @@ enum class Engine : uint8_t {
 struct Options {
   Engine engine = Engine::translate;
   uint32_t translate_after = 16;         // runs of a block by the interpreter before it becomes host code
+  // Turns of a loop before the path that the guest takes from its head becomes one piece; 0: never. At most
+  // 2^31.
+  uint32_t superblock_after = 2048;
   size_t code_cache = size_t{64} << 20;  // bytes of host code of all vCPUs, at most; at least 1 MiB
   unsigned idle_ms = 10'000;  // a vCPU idle for so long gives memory for decoded and translated code back
   bool perf_map = false;      // names translated code for perf in /tmp/perf-PID.map

@@ -354,7 +354,8 @@ Outcome SoftVcpu::run_blocks() noexcept {
       continue;
     }
     // A deadline that is near is looked at between blocks, which host code has not.
-    if (translator_ && cpu_.mode() != Mode::bits16 && !timer_->near() && translator_->run(*block)) {
+    if (translator_ && cpu_.mode() != Mode::bits16 && !timer_->near() &&
+        !(translator_->records() && translator_->record(*block)) && translator_->run(*block)) {
       if (cpu_.stops != 0 || cpu_.pending.valid || fetch_failed_) return after_stop();
       block = nullptr;
       continue;

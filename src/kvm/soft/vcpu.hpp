@@ -119,6 +119,8 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   bool wants_attention() noexcept override;
   bool event_waits() noexcept override;
   void interrupt() noexcept override { post(request::code); }
+  std::shared_ptr<const DecodedBlock> decode_pieces(const DecodedBlock& head, uint64_t linear,
+                                                    std::span<const Piece> pieces) noexcept override;
 
   // What the LAPIC sees of this vCPU.
   class Port final : public VcpuPort {

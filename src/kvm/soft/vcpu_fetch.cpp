@@ -162,4 +162,30 @@ std::unique_ptr<Block> SoftVcpu::decode(uint64_t linear, uint32_t key, unsigned 
   return block;
 }
 
+std::shared_ptr<const DecodedBlock> SoftVcpu::decode_pieces(const DecodedBlock& head, uint64_t linear,
+                                                            std::span<const Piece> pieces) noexcept {
+  if (cpu_.decode_key != head.key || !head.fresh()) return nullptr;
+  auto path = std::make_shared<DecodedBlock>(head);
+  path->host = head.host_page[0];
+  std::vector<Op> ops;
+  for (const Piece& piece : pieces)
+    for (unsigned offset = piece.offset; offset < piece.end;) {
+      uint8_t bytes[max_instruction_bytes];
+      const auto available =
+          std::min<unsigned>(static_cast<unsigned>(page_size) - offset, max_instruction_bytes);
+      host_read(path->host + offset, bytes, available);
+      Op op;
+      op.offset = static_cast<uint16_t>(offset);
+      const Decoder::Result result = decoder_.decode(cpu_, linear & ~page_mask, bytes, available, op);
+      if (result != Decoder::Result::ok && result != Decoder::Result::last) return nullptr;
+      ops.push_back(op);
+      offset += op.length;
+    }
+  path->instructions = static_cast<uint32_t>(ops.size());
+  path->bytes = pieces.back().end;
+  ops.push_back(Decoder::end_of_block(path->bytes));
+  path->ops = Ops(std::move(ops));
+  return path->fresh() ? path : nullptr;
+}
+
 }  // namespace lodge::kvm::soft

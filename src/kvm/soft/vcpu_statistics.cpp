@@ -51,6 +51,7 @@ std::vector<Statistic> SoftVcpu::statistics() {
     const TranslatorStatistics& s = translator_->statistics();
     const CodeCacheStatistics cache = translator_->cache_statistics();
     list.add("translated", s.translations);
+    list.add("superblocks", s.superblocks);
     list.add("dropped", cache.dropped);
     list.add("links", s.links);
     list.add("entries", s.entries);

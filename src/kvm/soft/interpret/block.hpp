@@ -48,6 +48,11 @@ struct DecodedBlock {
     return word[0]->load(std::memory_order_acquire) == word_value[0] &&
            (word[1] == nullptr || word[1]->load(std::memory_order_acquire) == word_value[1]);
   }
+  // Whether the first page of both had the same bytes and belongs to the same slot.
+  bool same_page(const DecodedBlock& other) const noexcept {
+    return host_page[0] == other.host_page[0] && word[0] == other.word[0] &&
+           word_value[0] == other.word_value[0];
+  }
   // Whether both were decoded from the same bytes of the same slots.
   bool same_code(const DecodedBlock& other) const noexcept {
     return host == other.host && word[0] == other.word[0] && word_value[0] == other.word_value[0] &&

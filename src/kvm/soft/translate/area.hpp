@@ -70,6 +70,11 @@ struct TranslatorArea {
   uint32_t event_waits = 0;           // some event waits until the guest can take it
   uint32_t force_interpretation = 0;  // a host signal says that the instruction faults natively
 
+  // How often loops have run: heat_limit / superblock_after is added each time, and the sign bit says "hot".
+  // By a hash of the block's place.
+  static constexpr unsigned heat_bits = 12;
+  static constexpr uint32_t heat_limit = 1u << 31;
+  std::array<uint32_t, 1u << heat_bits> heat{};
   // Indirect branches: a table for each view and vector level.
   std::array<std::array<JumpTable, levels>, views> jump{};
   // Where direct branches to other pages go.

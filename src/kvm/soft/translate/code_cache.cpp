@@ -24,6 +24,7 @@ constexpr size_t largest_region = size_t{256} << 10;
 constexpr size_t fewest_regions = 4;
 // Sites and the like may take so much for each byte of a region's code.
 constexpr size_t metadata_share = 8;
+constexpr size_t most_hints = 1 << 14;
 
 }  // namespace
 
@@ -107,6 +108,7 @@ bool CodeCache::set_idle(Translator& translator, bool idle) noexcept {
   if (!all) return false;
   translations_ = {};
   by_page_ = {};
+  hints_ = {};
   for (Translator* t : translators_) t->give_back();
   ++statistics_.given_back;
   return true;
@@ -131,10 +133,13 @@ Translation* CodeCache::find(const DecodedBlock& block, uint32_t profile, Bounda
   return nullptr;
 }
 
-Hints CodeCache::hints_of(const DecodedBlock& block, uint32_t profile) noexcept {
-  for (unsigned b = 0; b < Boundary::count; ++b)
-    if (const Translation* other = find(block, profile, Boundary::from(b)); other != nullptr)
-      return other->hints;
+Hints CodeCache::hints(const DecodedBlock& block, uint32_t profile) noexcept {
+  const auto it = hints_.find(key_of(block, profile, {}));
+  if (it == hints_.end()) return {};
+  if (it->second.version == block.word_value[0] &&
+      (it->second.path == nullptr || it->second.path->same_page(block)))
+    return it->second;
+  hints_.erase(it);  // of what was there before
   return {};
 }
 
@@ -142,13 +147,9 @@ Translation* CodeCache::make(Translator& by, const DecodedBlock& block, uint32_t
                              bool& refused) noexcept {
   refused = profile == no_profile;
   if (refused || !room()) return nullptr;
-  return emit(by, block, profile, boundary, hints_of(block, profile), refused);
-}
-
-Translation* CodeCache::emit(Translator& by, const DecodedBlock& block, uint32_t profile, Boundary boundary,
-                             Hints hints, bool& refused) noexcept {
   Region& region = regions_[current_];
-  auto translation = std::make_unique<Translation>(block, profile, boundary, hints, *region.memory);
+  auto translation =
+      std::make_unique<Translation>(block, profile, boundary, hints(block, profile), *region.memory);
   UnitEmitter unit(by, *translation, region.bump, region.bump + largest_translation);
   refused = !unit.emit();
   region.metadata += sizeof(Translation) + translation->sites.size() * (sizeof(Site) + 16) +
@@ -159,7 +160,10 @@ Translation* CodeCache::emit(Translator& by, const DecodedBlock& block, uint32_t
         slot_exit_[exit.slot] = nullptr;
         free_slots_.push_back(exit.slot);
       }
-    return nullptr;
+    if (translation->hints.path == nullptr) return nullptr;
+    // The path is not one for the translator; the block may be.
+    hints_[key_of(block, profile, {})].path = nullptr;
+    return make(by, block, profile, boundary, refused);
   }
   region.bump = const_cast<uint8_t*>(translation->end);
   translations_.insert_or_assign(key_of(block, profile, boundary), translation.get());
@@ -171,16 +175,13 @@ Translation* CodeCache::emit(Translator& by, const DecodedBlock& block, uint32_t
   return region.translations.back().get();
 }
 
-void CodeCache::remake(Translator& by, Translation& old, Hints hints) noexcept {
-  if (old.dead) return;
-  Translation* siblings[Boundary::count];
+void CodeCache::improve(const DecodedBlock& block, uint32_t profile, Hints hints) noexcept {
+  if (hints_.size() >= most_hints) hints_.clear();
+  hints.version = block.word_value[0];
+  hints_.insert_or_assign(key_of(block, profile, {}), std::move(hints));
   for (unsigned b = 0; b < Boundary::count; ++b)
-    siblings[b] = find(old.block, old.profile, Boundary::from(b));
-  for (Translation* t : siblings)
-    if (t != nullptr) kill(*t);
+    if (Translation* t = find(block, profile, Boundary::from(b)); t != nullptr) kill(*t);
   settle();
-  bool refused = false;
-  if (room()) emit(by, old.block, old.profile, old.boundary, hints, refused);
 }
 
 bool CodeCache::link(DirectExit& exit, Translation& target) noexcept {
@@ -307,7 +308,7 @@ bool CodeCache::room() noexcept {
   const auto start = std::chrono::steady_clock::now();
   Region& next = regions_[(current_ + 1) % regions_.size()];
   Region& behind = regions_[(current_ + 2) % regions_.size()];
-  const uint64_t before = removals_;
+  const bool used = next.bump != next.begin;
   retire(next);
   settle();
   const bool found = recycle(next);
@@ -317,7 +318,7 @@ bool CodeCache::room() noexcept {
     settle();
   }
   for (Translator* translator : translators_) translator->hurry();
-  if (removals_ != before) {
+  if (found && used) {
     ++statistics_.evictions;
     const auto took = std::chrono::steady_clock::now() - start;
     statistics_.longest_eviction_ns =
@@ -331,6 +332,7 @@ bool CodeCache::room() noexcept {
 void CodeCache::retire_all() noexcept {
   const std::lock_guard lock(mutex_);
   for (Region& region : regions_) retire(region);
+  hints_.clear();
   settle();
 }
 

@@ -62,8 +62,9 @@ class CodeCache {
   // Null when there is no room at the moment, or (sets `refused`) the block is not one for the translator.
   Translation* make(Translator& by, const DecodedBlock& block, uint32_t profile, Boundary boundary,
                     bool& refused) noexcept;
-  // Makes anew, with other hints, what still is in use; the others of the same block go.
-  void remake(Translator& by, Translation& old, Hints hints) noexcept;
+  // What there is of the block goes, and is made anew by these hints when it runs again.
+  void improve(const DecodedBlock& block, uint32_t profile, Hints hints) noexcept;
+  Hints hints(const DecodedBlock& block, uint32_t profile) noexcept;
   // The jump of `exit` goes to `target` from now on, if both are still in use. False: it does not.
   bool link(DirectExit& exit, Translation& target) noexcept;
 
@@ -116,9 +117,6 @@ class CodeCache {
   };
   static Key key_of(const DecodedBlock& block, uint32_t profile, Boundary boundary) noexcept;
 
-  Translation* emit(Translator& by, const DecodedBlock& block, uint32_t profile, Boundary boundary,
-                    Hints hints, bool& refused) noexcept;
-  Hints hints_of(const DecodedBlock& block, uint32_t profile) noexcept;
   void kill(Translation& translation) noexcept;
   void unlink(DirectExit& exit) noexcept;
   // Vcpus that are not running translated code now forget what has been killed.
@@ -141,7 +139,8 @@ class CodeCache {
   std::vector<FeatureWords> profiles_;
   std::unordered_map<Key, Translation*, KeyHash> translations_;  // not the dead ones
   std::unordered_map<uint64_t, std::vector<Translation*>> by_page_;
-  uint64_t removals_ = 0;  // counts kills
+  std::unordered_map<Key, Hints, KeyHash> hints_;  // by the first boundary
+  uint64_t removals_ = 0;                          // counts kills
 
   // Slots: whose it is (null: free), those that may be used again, and those that may be later.
   std::vector<DirectExit*> slot_exit_;

@@ -69,6 +69,8 @@ struct Instruction {
   bool may_fault = false;       // natively, on other grounds than its memory operand's page: #DE, alignment
 
   bool has_memory() const noexcept { return memory_read || memory_write; }
+  // Op::imm is where it leads to.
+  bool is_direct() const noexcept { return kind == Kind::branch || kind == Kind::jump || kind == Kind::call; }
 };
 
 // Analyses the instruction at `bytes`, decoded before as `op`. `cpu` gives mode and enabled features.

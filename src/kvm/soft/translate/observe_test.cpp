@@ -103,7 +103,6 @@ TEST(SoftStatistics, CountsInstructionsAndLookUpsOfTranslatedCode) {
   EXPECT_LE(counted.at("soft_tlb.lookups"), 200'000u);
   EXPECT_LT(counted.at("soft_tlb.misses"), 10u);
   EXPECT_GE(counted.at("blocks.translated"), 1u);
-  EXPECT_GE(counted.at("blocks.decoded"), counted.at("blocks.translated"));
   EXPECT_GT(counted.at("code_cache.used_bytes"), 0u);
 }
 

@@ -192,7 +192,8 @@ StateOffsets::StateOffsets(const Cpu& cpu, const TranslatorArea& a) noexcept
       kernel_gs_base(distance(cpu, &cpu.msr.kernel_gs_base)),
       tsc_offset(distance(cpu, &a.tsc_offset)),
       event_waits(distance(cpu, &a.event_waits)),
-      tsc_aux(distance(cpu, &cpu.msr.tsc_aux)) {}
+      tsc_aux(distance(cpu, &cpu.msr.tsc_aux)),
+      heat(distance(cpu, a.heat.data())) {}
 
 Stubs::Stubs(uint8_t* code, const StateOffsets& state_offsets) : offsets(state_offsets) {
   Generator g(code, offsets);
@@ -202,7 +203,8 @@ Stubs::Stubs(uint8_t* code, const StateOffsets& state_offsets) : offsets(state_o
       reinterpret_cast<const void*>(&call_translator<Site, &Translator::on_complex>),
       reinterpret_cast<const void*>(&call_translator<Site, &Translator::on_request>),
       reinterpret_cast<const void*>(&call_translator<DirectExit, &Translator::on_exit>),
-      reinterpret_cast<const void*>(&call_translator<Site, &Translator::on_indirect>)};
+      reinterpret_cast<const void*>(&call_translator<Site, &Translator::on_indirect>),
+      reinterpret_cast<const void*>(&call_translator<Site, &Translator::on_hot>)};
   const auto here = [&] {
     g.align(16);
     return g.getCurr();

@@ -14,7 +14,7 @@ struct StateOffsets {
   StateOffsets(const Cpu& cpu, const TranslatorArea& area) noexcept;
   int64_t gpr, arith, rip, request, zmm, k, fx, segment_base, tlb, area;
   int64_t host_rsp, resume, page, target, instructions, lookups, default_mxcsr, jump, slot;
-  int64_t system_flags, selector, kernel_gs_base, tsc_offset, event_waits, tsc_aux;
+  int64_t system_flags, selector, kernel_gs_base, tsc_offset, event_waits, tsc_aux, heat;
 
   int64_t of_gpr(unsigned reg) const noexcept { return gpr + 8 * int64_t{reg}; }
 };
@@ -28,8 +28,8 @@ class Stubs {
   const StateOffsets offsets;
   const uint8_t* end = nullptr;
 
-  enum Call : uint8_t { slow_access, complex_op, request, exit, indirect };
-  static constexpr unsigned calls = 5;
+  enum Call : uint8_t { slow_access, complex_op, request, exit, indirect, hot };
+  static constexpr unsigned calls = 6;
   // Keep the state as `boundary` says it is, then call the translator with R10.
   std::array<std::array<const uint8_t*, Boundary::count>, calls> call{};
   // Load the state for `boundary` and go on at TranslatorArea::resume.

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <list>
+#include <memory>
 #include <memory_resource>
 #include <vector>
 
@@ -20,6 +21,7 @@ class Translation;
 struct Site {
   Translation* owner = nullptr;
   uint16_t first = 0, last = 0;  // ops that the interpreter runs when the access cannot be done natively
+  uint16_t counted = 0;          // up to this op instructions have been counted, where they are
   const uint8_t* retry = nullptr;
   const uint8_t* next = nullptr;  // behind the last op
   Boundary before, after;         // before.native_flags: at the stub, not at `retry`, which never has them
@@ -55,6 +57,11 @@ struct DirectExit {
 // How a block is best translated, found out while its first translation ran.
 struct Hints {
   bool no_runs = false;  // runs of accesses meet page ends often: each access is looked up by itself
+  bool settled = false;  // how often it runs need not be counted any more
+  // A superblock: the instructions of several blocks of one page along a path that the guest has taken from
+  // here. Their offsets are from the start of the page.
+  std::shared_ptr<const DecodedBlock> path;
+  uint32_t version = 0;  // of the page's bytes (DecodedBlock::word_value)
 };
 
 class Translation {
@@ -75,6 +82,8 @@ class Translation {
   const uint32_t profile;   // CodeCache::profile()
   const Boundary boundary;  // at its entry
   const Hints hints;
+  // What was translated: the block or, from it on, a path.
+  const DecodedBlock& code() const noexcept { return hints.path ? *hints.path : block; }
   const uint8_t* begin = nullptr;
   const uint8_t* body = nullptr;  // behind the check of the entry (DirectExit::is_entry), or `begin`
   const uint8_t* end = nullptr;

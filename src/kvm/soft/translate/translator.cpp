@@ -43,7 +43,10 @@ Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, cons
       options_(options),
       cache_((cache.attach(*this, StateOffsets(cpu, area)), cache)),
       stubs_(cache.stubs()),
-      counts_(options.count) {
+      counts_(options.count),
+      heat_(options.engine == Engine::lockstep || options.superblock_after == 0
+                ? 0
+                : TranslatorArea::heat_limit / options.superblock_after) {
   area_.translator = this;
   features_changed();
   if (counts_) interpreted_.resize(ZYDIS_MNEMONIC_MAX_VALUE + 1);
@@ -273,7 +276,9 @@ bool Translator::run(Block& block) noexcept {
   cpu_.block = nullptr;
   if (Translation* again = std::exchange(retranslate_, nullptr); again != nullptr) {
     const std::lock_guard lock(cache_.mutex());
-    if (cpu_.decode_key == again->block.key) cache_.remake(*this, *again, {.no_runs = true});
+    Hints hints = again->hints;
+    hints.no_runs = true;
+    if (!again->dead) cache_.improve(again->block, again->profile, std::move(hints));
     if (once_) return false;  // it has left in the middle of the block
   }
   return true;
@@ -359,7 +364,7 @@ bool Translator::interpret(const Op& op) noexcept {
 
 void Translator::before_interpreting(const Site& site) noexcept {
   cpu_.gpr[rsp] += static_cast<uint64_t>(int64_t{site.rsp_before});
-  const DecodedBlock& block = site.owner->block;
+  const DecodedBlock& block = site.owner->code();
   cpu_.gpr[gpr_rip] = area_.page + (block.host & page_mask);
   cpu_.block = &block;
 }
@@ -401,13 +406,14 @@ const void* Translator::on_slow_access(Site& site) noexcept {
         retranslate_ = site.owner;
     }
   }
-  const Ops& ops = site.owner->block.ops;
-  uint64_t behind = site.owner->block.instructions - site.first;
+  const Ops& ops = site.owner->code().ops;
+  uint64_t behind = uint64_t{site.counted} - site.first;
   for (unsigned i = site.first; i <= site.last; ++i) {
     const bool goes_on = interpret(ops[i]);
     if (!cpu_.interrupted_access()) --behind;
     if (std::exchange(unfilled, false)) note_unfilled();
-    if (goes_on) continue;
+    // On a path the next instruction may be elsewhere.
+    if (goes_on && (i == site.last || cpu_.rip == cpu_.this_rip(ops[i + 1u]))) continue;
     uncount(behind);
     return resume_at_rip();
   }
@@ -423,8 +429,8 @@ const void* Translator::on_slow_access(Site& site) noexcept {
 const void* Translator::on_complex(Site& site) noexcept {
   cache_.observe();
   before_interpreting(site);
-  const DecodedBlock& block = site.owner->block;
-  const uint64_t behind = block.instructions - site.first - 1u;
+  const DecodedBlock& block = site.owner->code();
+  const uint64_t behind = uint64_t{site.counted} - site.first - 1u;
   if (counts_) ++interpreted_[site.mnemonic];
   if (!interpret(block.ops[site.first])) {
     uncount(cpu_.interrupted_access() ? behind + 1 : behind);
@@ -446,9 +452,9 @@ const void* Translator::on_complex(Site& site) noexcept {
 const void* Translator::on_request(Site& site) noexcept {
   cache_.observe();
   before_interpreting(site);
-  const DecodedBlock& block = site.owner->block;
+  const DecodedBlock& block = site.owner->code();
   cpu_.rip = cpu_.this_rip(block.ops[site.first]);
-  uncount(block.instructions - site.first);
+  uncount(uint64_t{site.counted} - site.first);
   return leave();
 }
 
@@ -476,10 +482,66 @@ const void* Translator::on_indirect(Site& site) noexcept {
     // The branch itself faults: as before it, then by the interpreter.
     cpu_.gpr[rsp] -= static_cast<uint64_t>(int64_t{site.rsp_after});
     before_interpreting(site);
-    interpret(site.owner->block.ops[site.first]);
+    interpret(site.owner->code().ops[site.first]);
     return resume_at_rip();
   }
   return resume_at_rip(site.before.level);
+}
+
+// --- superblocks
+
+// The loop has run often. Its path is recorded from the next time on that the guest is at its head.
+const void* Translator::on_hot(Site& site) noexcept {
+  area_.heat[heat_index(site.owner->block)] = 0;
+  record_ = Record{.head = site.owner->block, .pieces = {}};
+  return on_request(site);
+}
+
+uint32_t Translator::heat_index(const DecodedBlock& block) noexcept {
+  return static_cast<uint32_t>(block.host * 0x9e37'79b9'7f4a'7c15 >> (64 - TranslatorArea::heat_bits));
+}
+
+bool Translator::record(const Block& block) noexcept {
+  constexpr unsigned longest_wait = 64, most_pieces = 16, most_instructions = 96;
+  Record& r = *record_;
+  const auto offset = static_cast<uint32_t>(block.host & page_mask);
+  const bool at_head = block.host == r.head.host && block.key == r.head.key;
+  if (r.pieces.empty()) {
+    if (!at_head || !block.same_code(r.head)) {
+      if (++r.waited < longest_wait) return true;
+      finish_record();  // no loop
+      return false;
+    }
+    r.linear = cpu_.rip;
+  } else {
+    const auto same = [&](const BlockSource::Piece& piece) { return piece.offset == offset; };
+    if (std::any_of(r.pieces.begin(), r.pieces.end(), same) || block.key != r.head.key ||
+        !block.same_page(r.head) || block.host_page[1] != 0 || r.pieces.size() == most_pieces ||
+        r.instructions + block.instructions > most_instructions) {
+      finish_record();
+      return false;
+    }
+  }
+  r.pieces.push_back({.offset = offset, .end = offset + block.bytes});
+  r.instructions += block.instructions;
+  return true;
+}
+
+void Translator::finish_record() noexcept {
+  const Record record = std::move(*record_);
+  record_.reset();
+  Hints hints;
+  {
+    const std::lock_guard lock(cache_.mutex());
+    hints = cache_.hints(record.head, profile_);
+  }
+  hints.settled = true;
+  if (record.pieces.size() > 1) {
+    hints.path = source_.decode_pieces(record.head, record.linear, record.pieces);
+    if (hints.path != nullptr) ++statistics_.superblocks;
+  }
+  const std::lock_guard lock(cache_.mutex());
+  cache_.improve(record.head, profile_, std::move(hints));
 }
 
 const uint8_t* Translator::fault_stub(const uint8_t* at) noexcept {

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <atomic>
+#include <optional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -30,10 +32,19 @@ class BlockSource {
   virtual bool event_waits() noexcept = 0;
   // Makes wants_attention() true soon. Any thread.
   virtual void interrupt() noexcept = 0;
+  // A piece of code in a page: where it begins and ends.
+  struct Piece {
+    uint32_t offset, end;
+  };
+  // These pieces of the page of `head`, which is at `linear`, decoded again with offsets from the start of
+  // the page; null when that cannot be done.
+  virtual std::shared_ptr<const DecodedBlock> decode_pieces(const DecodedBlock& head, uint64_t linear,
+                                                            std::span<const Piece> pieces) noexcept = 0;
 };
 
 struct TranslatorStatistics {
   uint64_t translations = 0, host_bytes = 0, guest_instructions = 0;  // made so far
+  uint64_t superblocks = 0;                                           // paths that became one piece
   uint64_t entries = 0;  // from the run loop into translated code
   // Look-ups that missed the soft TLB, or accesses that faulted natively; why, or how they ended.
   uint64_t slow_accesses = 0;
@@ -66,6 +77,11 @@ class Translator {
   // of the block, to be translated anew. For the lockstep engine.
   bool run_once(Block& block) noexcept;
   bool ready(Block& block) noexcept;
+
+  // A loop is hot: the run loop leaves the next blocks to the interpreter and shows each to record() before
+  // it runs, until that says false.
+  bool records() const noexcept { return record_.has_value(); }
+  bool record(const Block& block) noexcept;
 
   // A page of code was written to: drops what was made of it.
   void drop_stale() noexcept { cache_.drop_stale(); }
@@ -105,6 +121,7 @@ class Translator {
   const void* on_request(Site& site) noexcept;
   const void* on_exit(DirectExit& exit) noexcept;
   const void* on_indirect(Site& site) noexcept;
+  const void* on_hot(Site& site) noexcept;
   // Where to go on when the host instruction at `at` raised a signal; null: not ours.
   const uint8_t* fault_stub(const uint8_t* at) noexcept;
 
@@ -139,6 +156,7 @@ class Translator {
   JumpTable::Entry& jump_entry(unsigned view, uint32_t place) noexcept;
   void empty(unsigned view) noexcept;
   void empty_views(bool user) noexcept;
+  static uint32_t heat_index(const DecodedBlock& block) noexcept;
 
   bool event_waits() noexcept { return !once_ && source_.event_waits(); }
   const void* leave() noexcept;
@@ -162,6 +180,7 @@ class Translator {
   CodeCache& cache_;
   const Stubs& stubs_;
   const bool counts_;
+  const uint32_t heat_;  // what a turn of a loop adds to its TranslatorArea::heat; 0: nothing is counted
   bool once_ = false;
   uint32_t profile_ = CodeCache::no_profile;
 
@@ -179,6 +198,15 @@ class Translator {
   std::vector<SlotLink> user_links_, supervisor_links_;  // slots that are or were linked
   // Linear page under which the code of a host page is being run.
   std::unordered_map<uint64_t, uint64_t> user_pages_, supervisor_pages_;
+  // The path from a hot loop's head, while it is being recorded.
+  struct Record {
+    DecodedBlock head;
+    uint64_t linear = 0;  // of the head
+    std::vector<BlockSource::Piece> pieces;
+    unsigned instructions = 0, waited = 0;
+  };
+  std::optional<Record> record_;
+  void finish_record() noexcept;
   Translation* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
   std::array<View, TranslatorArea::views> views_;
   std::vector<Instruction> analysed_;  // of the block being translated

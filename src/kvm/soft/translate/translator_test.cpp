@@ -76,6 +76,11 @@ class TranslatorGuest : public testing::Test {
     EXPECT_EQ(exit.reason(), static_cast<uint32_t>(KVM_EXIT_HLT)) << exit.describe();
     return vcpu_->regs();
   }
+  uint64_t counted(std::string_view name) {
+    for (const Statistic& s : vcpu_->statistics())
+      if (name == s.name) return s.value;
+    return 0;
+  }
   static constexpr uint64_t halted_in_handler(unsigned vector) { return handlers + 16 * vector + 1; }
 
   std::unique_ptr<System> system_;
@@ -407,6 +412,22 @@ TEST(TranslatorOf32BitCode, LimitsAndTypesOfFsAreHeeded) {
       }
   EXPECT_GT(halts, 50u);
   EXPECT_GT(shutdowns, 50u);
+}
+
+// A path along the taken branch, with one look-up for the accesses before and behind it. Where that look-up
+// cannot be used, the interpreter runs the instructions, and the branch may go the other way.
+TEST_F(TranslatorGuest, APathIsLeftByTheInterpreterToo) {
+  // 1: mov (%rsi),%eax; test %edi,%edi; jne 2f; inc %ebx; 2: add 8(%rsi),%ebx; dec %ecx; jne 1b; hlt
+  place(code,
+        {0x8b, 0x06, 0x85, 0xff, 0x75, 0x02, 0xff, 0xc3, 0x03, 0x5e, 0x08, 0xff, 0xc9, 0x75, 0xf1, 0xf4});
+  constexpr uint64_t data = 0x20000, across = data + 4096 - 8;
+  put(data + 8, 3);
+  put(across + 8, 3);
+  EXPECT_EQ(run({.rbx = 0, .rcx = 5000, .rsi = data, .rdi = 1, .rip = code}).rbx, 15'000u);
+  EXPECT_EQ(counted("superblocks"), 1u);
+  EXPECT_EQ(run({.rbx = 0, .rcx = 1, .rsi = across, .rdi = 1, .rip = code}).rbx, 3u);
+  EXPECT_EQ(run({.rbx = 0, .rcx = 1, .rsi = across, .rdi = 0, .rip = code}).rbx, 4u);
+  EXPECT_EQ(run({.rbx = 0, .rcx = 7, .rsi = data, .rdi = 0, .rip = code}).rbx, 28u);
 }
 
 }  // namespace

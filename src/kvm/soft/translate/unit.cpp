@@ -17,7 +17,7 @@ UnitEmitter::UnitEmitter(Translator& translator, Translation& translation, uint8
                          uint8_t* end) noexcept
     : translator_(translator),
       t_(translation),
-      block_(translation.block),
+      block_(translation.code()),
       o_(translator.stubs_.offsets),
       e_(begin, end),
       wide_(translator.cpu_.mode() == Mode::bits64),
@@ -36,9 +36,9 @@ bool UnitEmitter::emit() noexcept {
   t_.begin = e_.at();
   emit_entry();
   t_.body = e_.at();
-  if (counts_) count(o_.instructions, static_cast<int64_t>(code_.size()));
   for (unsigned n = 0; n < code_.size() && !failed_; ++n) {
     if (!e_.room(room_for_one + stubs_.size() * room_for_stub)) return false;
+    if (n == counted_) count_straight(n);
     emit_one(n);
   }
   if (!ended_) exit_to(start_ + block_.bytes);
@@ -65,23 +65,49 @@ bool UnitEmitter::analyse_block() noexcept {
     if (first < op.length) host_read(block_.host_page[1], bytes.data() + first, op.length - first);
     analyse(cpu(), decoder, bytes.data(), op.length, op, code_[n]);
   }
-  // Does it branch back? Indirect branches look at the request word themselves.
-  const Instruction& last = code_.back();
-  if (last.kind == Kind::branch || last.kind == Kind::loop || last.kind == Kind::jump ||
-      last.kind == Kind::call)
-    wants_check_ = static_cast<int64_t>(last.op->imm) <= last.op->offset;
-  // Nothing may come between STI and what follows: no look at the request word, no other block's either.
-  if (code_.back().kind == Kind::set_if) {
-    code_.back().kind = Kind::complex;
-    code_.back().reads = all_flags;
+  for (unsigned n = 0; n < code_.size(); ++n) {
+    if (!leads_on(n)) return false;
+    // Does it branch back? Indirect branches look at the request word themselves.
+    if (code_[n].is_direct() && static_cast<int64_t>(code_[n].op->imm) <= code_[n].op->offset)
+      wants_check_ = true;
+    // Nothing may come between STI and what follows: no look at the request word, no other block's either.
+    if (code_[n].kind == Kind::set_if && (n + 1 == code_.size() || !follows(n))) {
+      code_[n].kind = Kind::complex;
+      code_[n].reads = all_flags;
+    }
   }
   return block_.fresh();
+}
+
+// Whether the instruction behind n in memory is also the next one here.
+bool UnitEmitter::follows(unsigned n) const noexcept {
+  return n + 1 == code_.size() || code_[n + 1].op->offset == code_[n].op->offset + code_[n].op->length;
+}
+
+// Whether n leads to the next instruction of a path.
+bool UnitEmitter::leads_on(unsigned n) const noexcept {
+  const Instruction& i = code_[n];
+  if (n + 1 == code_.size()) return true;
+  const bool to_target = static_cast<int64_t>(i.op->imm) == code_[n + 1].op->offset;
+  switch (i.kind) {
+    case Kind::branch: return to_target || follows(n);
+    case Kind::jump:
+    case Kind::call: return to_target;
+    case Kind::loop:
+    case Kind::jump_indirect:
+    case Kind::call_indirect:
+    case Kind::ret: return false;
+    default: return follows(n);
+  }
 }
 
 void UnitEmitter::find_live_flags() noexcept {
   live_.assign(code_.size() + 1, all_flags);
   for (size_t n = code_.size(); n-- > 0;)
-    live_[n] = static_cast<Flags>((live_[n + 1] & ~code_[n].replaces) | code_[n].reads);
+    // Who leaves a path at a branch may want all of them.
+    live_[n] = code_[n].kind == Kind::branch
+                   ? all_flags
+                   : static_cast<Flags>((live_[n + 1] & ~code_[n].replaces) | code_[n].reads);
 }
 
 Boundary UnitEmitter::boundary() const noexcept {
@@ -124,9 +150,9 @@ void UnitEmitter::emit_kind(const Instruction& i, unsigned n) noexcept {
     case Kind::call: emit_call(i, n); break;
     case Kind::call_indirect: emit_call_indirect(i, n); break;
     case Kind::ret: emit_ret(i, n); break;
-    case Kind::jump: exit_to(start_ + static_cast<int64_t>(i.op->imm)); break;
+    case Kind::jump: emit_jump(i, n); break;
     case Kind::jump_indirect: emit_jump_indirect(i, n); break;
-    case Kind::branch: emit_branch(i); break;
+    case Kind::branch: emit_branch(i, n); break;
     case Kind::loop: emit_loop(i); break;
     case Kind::complex: emit_complex(n); break;
   }
@@ -162,15 +188,22 @@ void UnitEmitter::note_flags(const Instruction& i) noexcept {
 // At the first place where the flags are dead or stored, but not behind an STI.
 void UnitEmitter::check_requests(unsigned n) noexcept {
   if (n > 0 && code_[n - 1].kind == Kind::set_if) return;
+  // Nobody leaves without.
   bool last = true;
-  for (size_t k = n; k + 1 < code_.size(); ++k) last = last && code_[k].kind == Kind::set_if;
+  for (size_t k = n; k + 1 < code_.size() && !code_[k].is_direct(); ++k)
+    last = last && code_[k].kind == Kind::set_if;
   if (live_[n] != no_flags && !flow_.stored_flags && !last) return;
   if (live_[n] != no_flags) store_flags();
   wants_check_ = false;
   uint8_t* const jump = e_.jump_if_set(o_.request);
   flow_.native_flags = false;
   Site& site = new_site(n, n);
-  add_stub(jump, Stubs::request, &site, {.native_flags = false, .level = flow_.level});
+  const Boundary at{.native_flags = false, .level = flow_.level};
+  add_stub(jump, Stubs::request, &site, at);
+  if (t_.hints.settled || translator_.heat_ == 0 || block_.host_page[1] != 0) return;
+  e_.state(0x81, 0, o_.heat + 4 * int64_t{Translator::heat_index(t_.block)}, false);  // add dword [heat]
+  e_.u32(translator_.heat_);
+  add_stub(e_.jump_if(8), Stubs::hot, &site, at);  // js
 }
 
 // --- registers that live in memory
@@ -239,6 +272,13 @@ void UnitEmitter::raise_level(uint8_t level) noexcept {
   e_.jump_to(common_stubs().raise[flow_.level][level]);
   Emitter::patch(rest, e_.at());
   flow_.level = level;
+}
+
+// Counts the instructions up to the next branch.
+void UnitEmitter::count_straight(unsigned n) noexcept {
+  counted_ = n + 1;
+  while (counted_ < code_.size() && !code_[counted_ - 1].is_direct()) ++counted_;
+  if (counts_) count(o_.instructions, int64_t{counted_} - n);
 }
 
 // Adds to a counter of the area, without touching flags; takes scratch1.
@@ -330,6 +370,7 @@ Site& UnitEmitter::new_site(unsigned n, unsigned last) noexcept {
   site.last = static_cast<uint16_t>(last);
   site.before = boundary();
   site.rsp_before = flow_.rsp;
+  site.counted = static_cast<uint16_t>(counted_);
   return site;
 }
 

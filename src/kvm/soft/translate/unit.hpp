@@ -81,8 +81,10 @@ class UnitEmitter {
   uint8_t* jump_if_odd() noexcept;
   void emit_ret(const Instruction& i, unsigned n) noexcept;
   void emit_jump_indirect(const Instruction& i, unsigned n) noexcept;
-  void emit_branch(const Instruction& i) noexcept;
+  void emit_jump(const Instruction& i, unsigned n) noexcept;
+  void emit_branch(const Instruction& i, unsigned n) noexcept;
   void emit_loop(const Instruction& i) noexcept;
+  void leave_if(unsigned condition, int64_t offset) noexcept;
   void emit_complex(unsigned n) noexcept;
 
   // The memory operand, with what has been added to RSP meanwhile.
@@ -117,6 +119,9 @@ class UnitEmitter {
   void place_exit(DirectExit& exit, const uint8_t* stub) noexcept;
   void exit_indirect(unsigned n, int32_t rsp_change) noexcept;
   void count(int64_t counter, int64_t amount) noexcept;
+  void count_straight(unsigned n) noexcept;
+  bool follows(unsigned n) const noexcept;
+  bool leads_on(unsigned n) const noexcept;
   Boundary boundary() const noexcept;
   bool in_page(int64_t offset) const noexcept;
   bool moves_rsp(const Instruction& i, int32_t& amount) const noexcept;
@@ -146,6 +151,7 @@ class UnitEmitter {
   std::vector<Instruction>& code_;
   std::vector<Flags> live_;  // before each instruction, and at the end
   std::vector<Stub> stubs_;
+  unsigned counted_ = 0;      // instructions before this one are counted
   bool wants_check_ = false;  // some branch goes back: look at the request word
   bool ended_ = false;        // the last instruction was a branch
   bool failed_ = false;

@@ -11,8 +11,10 @@ void UnitEmitter::push_return_address(const Instruction& i, int64_t disp) noexce
 }
 
 void UnitEmitter::emit_call(const Instruction& i, unsigned n) noexcept {
-  push_return_address(i, reach(i, n).disp);
-  exit_to(start_ + static_cast<int64_t>(i.op->imm));
+  const Place place = reach(i, n);
+  push_return_address(i, place.disp);
+  if (n + 1 == code_.size()) return exit_to(start_ + static_cast<int64_t>(i.op->imm));
+  if (place.site != nullptr) close(*place.site);
 }
 
 // Leaves a call to the interpreter when its target, in scratch1, is not canonical: such a call pushes
@@ -68,24 +70,40 @@ void UnitEmitter::emit_jump_indirect(const Instruction& i, unsigned n) noexcept 
   exit_indirect(n, 0);
 }
 
-void UnitEmitter::emit_branch(const Instruction& i) noexcept {
+void UnitEmitter::emit_jump(const Instruction& i, unsigned n) noexcept {
+  if (n + 1 == code_.size()) exit_to(start_ + static_cast<int64_t>(i.op->imm));
+}
+
+void UnitEmitter::emit_branch(const Instruction& i, unsigned n) noexcept {
   if (!flow_.native_flags) {
     e_.load_flags(o_.arith, scratch1);
     flow_.native_flags = true;
   }
   commit_rsp();
   const int64_t taken = start_ + static_cast<int64_t>(i.op->imm);
+  const int64_t behind = start_ + i.op->offset + i.op->length;
   const unsigned condition = i.insn.opcode & 15;
-  if (in_page(taken)) {
-    DirectExit& exit = new_exit(taken);
+  if (n + 1 == code_.size()) {
+    leave_if(condition, taken);
+    exit_to(behind);
+  } else if (follows(n)) {
+    leave_if(condition, taken);
+  } else {
+    leave_if(condition ^ 1, behind);
+  }
+}
+
+void UnitEmitter::leave_if(unsigned condition, int64_t offset) noexcept {
+  if (in_page(offset)) {
+    DirectExit& exit = new_exit(offset);
     e_.align_displacement(2);
     exit.displacement = e_.jump_if(condition);
-  } else {
-    uint8_t* const skip = e_.jump_if(condition ^ 1);
-    exit_to(taken);
-    Emitter::patch(skip, e_.at());
+    return;
   }
-  exit_to(start_ + i.op->offset + i.op->length);
+  uint8_t* const skip = e_.jump_if(condition ^ 1);
+  exit_to(offset);
+  ended_ = false;
+  Emitter::patch(skip, e_.at());
 }
 
 // Without a change of flags.

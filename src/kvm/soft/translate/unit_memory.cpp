@@ -93,8 +93,17 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   bool write = first.write;
   unsigned last = n;
   int32_t stack = flow_.rsp;
-  for (unsigned k = n; k < code_.size() && !ends_run(code_[k]); ++k) {
+  for (unsigned k = n; k < code_.size(); ++k) {
     const Instruction& i = code_[k];
+    // Within a path: the access that is looked up before a branch may not come, but that costs a miss at
+    // most.
+    if (k + 1 < code_.size() && (i.kind == Kind::jump || i.kind == Kind::branch)) {
+      if (i.kind == Kind::jump) continue;
+      if (first.base == rsp && stack != 0) break;
+      stack = 0;  // it is stored there
+      continue;
+    }
+    if (ends_run(i)) break;
     // RSP as data has to be stored first, which moves what accesses are relative to.
     if (i.kind == Kind::memory && k != n && stack != 0 && (i.operand_registers & register_bit(rsp)) != 0)
       break;

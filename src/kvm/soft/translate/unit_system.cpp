@@ -123,7 +123,7 @@ void UnitEmitter::emit_pop_flags(const Instruction& i, unsigned n) noexcept {
     e_.state(0xf7, 0, o_.target, false);  // test dword [target]
     e_.u32(flag::if_);
     uint8_t* const same = e_.jump_if(4);
-    if (counts_) count(o_.instructions, int64_t{n} + 1 - static_cast<int64_t>(code_.size()));
+    if (counts_) count(o_.instructions, int64_t{n} + 1 - int64_t{counted_});
     DirectExit& exit = new_exit(behind);
     e_.align_displacement(1);
     exit.displacement = e_.jump();
