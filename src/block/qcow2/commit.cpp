@@ -128,9 +128,11 @@ Metadata::Stages Metadata::gather() {
 // Until they are written, tables must stay in memory: read again from the file they would be old.
 void Metadata::unpin(const Stages& stages) {
   for (const auto& [index, range] : stages.l2)
-    if (const auto found = l2_.find(index); found != l2_.end()) found->second.pins--;
+    if (const auto found = l2_.find(index); found != l2_.end() && found->second.pins > 0)
+      found->second.pins--;
   for (const auto& [index, range] : stages.blocks)
-    if (const auto found = blocks_.find(index); found != blocks_.end()) found->second.pins--;
+    if (const auto found = blocks_.find(index); found != blocks_.end() && found->second.pins > 0)
+      found->second.pins--;
 }
 
 void Metadata::restore(Stages& stages) {
