@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <span>
 
+#include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
@@ -64,6 +65,9 @@ class NoWire final : public net::Backend {
 };
 
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      return std::make_unique<virtio::Balloon>(memory);
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Network>(memory, std::make_shared<NoWire>(), virtio::Network::Config{});
     },

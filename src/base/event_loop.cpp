@@ -38,7 +38,7 @@ EventLoop::Watch EventLoop::watch(int fd, uint32_t events, Callback callback) {
   event.events = events;
   event.data.u64 = id;
   if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) throw_errno("cannot watch a descriptor");
-  entries_.emplace(id, std::make_shared<Entry>(fd, std::move(callback)));
+  entries_.emplace(id, std::make_shared<Entry>(Entry{fd, std::move(callback)}));
   return Watch(*this, id);
 }
 

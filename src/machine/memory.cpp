@@ -103,6 +103,17 @@ void GuestMemory::note_write(uint64_t gpa, uint64_t size) noexcept {
   if (vm_) vm_->note_write(gpa, size);
 }
 
+// MADV_REMOVE punches a hole into the memfd, so the memory is free for every process that maps it.
+uint64_t GuestMemory::release(uint64_t gpa, uint64_t size) noexcept {
+  const uint64_t first = (gpa + 4095) & ~uint64_t{4095};
+  if (first < gpa || size < first - gpa) return 0;
+  const uint64_t length = (size - (first - gpa)) & ~uint64_t{4095};
+  const auto pages = view(first, length);
+  if (pages.empty() || madvise(pages.data(), pages.size(), MADV_REMOVE) != 0) return 0;
+  note_write(first, length);
+  return length;
+}
+
 void GuestMemory::unmap_page(uint64_t gpa) noexcept {
   auto page = view(gpa & ~uint64_t{4095}, 4096);
   if (!page.empty()) madvise(page.data(), page.size(), MADV_DONTNEED);

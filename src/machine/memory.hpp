@@ -47,6 +47,9 @@ class GuestMemory {
   bool read(uint64_t gpa, std::span<uint8_t> out) noexcept;
   bool write(uint64_t gpa, std::span<const uint8_t> data) noexcept;
   void note_write(uint64_t gpa, uint64_t size) noexcept;
+  // Gives the whole pages of [gpa, gpa + size) back to the host; they read as zeros from now on. Nothing
+  // happens where the range is not wholly RAM. Returns how many bytes that were.
+  uint64_t release(uint64_t gpa, uint64_t size) noexcept;
   // Takes the page at `gpa` out of the host's page tables (its contents stay in the memfd), so that the next
   // access to it faults on the host: what pc-testdev offers to tests of accelerators.
   void unmap_page(uint64_t gpa) noexcept;

@@ -134,5 +134,20 @@ TEST(GuestMemory, AnOddSizeIsRefused) {
   EXPECT_THROW(GuestMemory(0), UsageError);
 }
 
+TEST(GuestMemoryRelease, WholePagesGoBackAndReadAsZeros) {
+  GuestMemory memory(layout::MiB);
+  const std::vector<uint8_t> ones(4 * 4096, 1);
+  ASSERT_TRUE(memory.write(0x8000, ones));
+  EXPECT_EQ(memory.release(0x8001, 3 * 4096), 2u * 4096);
+  EXPECT_EQ(memory.view(0x8000, 1)[0], 1);
+  EXPECT_EQ(memory.view(0x9000, 1)[0], 0);
+  EXPECT_EQ(memory.view(0xafff, 1)[0], 0);
+  EXPECT_EQ(memory.view(0xb000, 1)[0], 1);
+  EXPECT_EQ(memory.release(0x8001, 4096), 0u);
+  EXPECT_EQ(memory.release(layout::MiB - 4096, 8192), 0u);
+  EXPECT_EQ(memory.release(~uint64_t{0}, 8192), 0u);
+  EXPECT_EQ(memory.release(0, ~uint64_t{0}), 0u);
+}
+
 }  // namespace
 }  // namespace lodge::machine

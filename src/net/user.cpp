@@ -117,7 +117,9 @@ class UserNetwork final : public Backend {
     return static_cast<ssize_t>(size);
   }
   static void* new_timer(SlirpTimerCb callback, void* callback_opaque, void* opaque) {
-    return &self(opaque).timers_.emplace_back(callback, callback_opaque, -1);
+    auto& timers = self(opaque).timers_;
+    timers.push_back({callback, callback_opaque, -1});
+    return &timers.back();
   }
   static void free_timer(void* timer, void* opaque) {
     self(opaque).timers_.remove_if([timer](const SlirpTimer& one) { return &one == timer; });

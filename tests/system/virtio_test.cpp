@@ -226,6 +226,39 @@ TEST_F(Virtio, ForwardedPortLeadsIntoTheGuest) {
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
 }
 
+// Guest memory that the host holds for process `pid`, in MiB.
+long held_by(pid_t pid) {
+  std::ifstream status("/proc/" + std::to_string(pid) + "/status");
+  for (std::string line; std::getline(status, line);)
+    if (line.starts_with("RssShmem:")) return std::stol(line.substr(9)) / 1024;
+  return -1;
+}
+
+TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
+  NEEDS_GUEST("cloud");
+  Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell",
+                          {"--memory", "768M", "--device", "virtio-balloon"}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  process.send("mount -t tmpfs tmp /tmp; dd if=/dev/zero of=/tmp/a bs=1M count=300; echo filled=$((1+1))\n");
+  ASSERT_TRUE(process.wait_output("filled=2", boot_patience)) << process.out();
+  const long filled = held_by(process.pid());
+  ASSERT_GT(filled, 300);
+  process.send("rm /tmp/a; echo freed=$((1+2))\n");
+  ASSERT_TRUE(process.wait_output("freed=3", boot_patience)) << process.out();
+  // Linux reports after two seconds, a part at a time.
+  long freed = filled;
+  for (int i = 0; i < 100 && (freed = held_by(process.pid())) > filled - 270; i++) ::usleep(100'000);
+  EXPECT_LE(freed, filled - 270) << "of " << filled << " MiB";
+  process.send("poweroff -f\n");
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+
+  const std::string out = shell("sleep 3; grep MemFree /proc/meminfo",
+                                {"--memory", "512M", "--device", "virtio-balloon,inflate=256"});
+  // Of about 440 MiB; Linux leaves the total as it was, since it may take the memory back.
+  EXPECT_THAT(out, ContainsRegex("MemFree: +1[0-9]{5} kB"));
+}
+
 TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {
   NEEDS_GUEST("cloud");
   const DiskFile disk(4 << 20);

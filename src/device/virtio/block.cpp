@@ -105,7 +105,7 @@ void Block::take(unsigned index, const Chain& chain) noexcept {
     queue(index).push(chain, 0);
     return;
   }
-  const auto request = std::make_shared<Request>(index, chain, chain.writable_size() - 1);
+  const auto request = std::make_shared<Request>(Request{index, chain, chain.writable_size() - 1});
   out_++, out_of_[index]++;
   uint8_t status = IOERR;
   if (chain.read(0, {reinterpret_cast<uint8_t*>(&header), sizeof header}) == sizeof header)

@@ -42,8 +42,6 @@ constexpr unsigned transmitq(unsigned port) {
 }
 
 constexpr unsigned EMERG_WRITE = 8;
-// The specification says nothing about how long a name may be, Linux wants less than a page.
-constexpr size_t max_name = 256;
 
 struct ConsoleState {
   static constexpr std::string_view name = "virtio-console";

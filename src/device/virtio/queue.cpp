@@ -16,6 +16,8 @@ template <class... Calls>
 struct Either : Calls... {
   using Calls::operator()...;
 };
+template <class... Calls>
+Either(Calls...) -> Either<Calls...>;  // clang 14 asks for it
 
 }  // namespace
 

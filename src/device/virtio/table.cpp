@@ -5,6 +5,7 @@
 
 #include "base/error.hpp"
 #include "device/pci/root.hpp"
+#include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
@@ -99,7 +100,17 @@ std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const 
                Served::by_itself);
 }
 
+constexpr auto balloon_options = options_with_common(
+    OptionSchema{"inflate", "", "0", "MiB that the guest is asked to do without from the start"});
+
 constexpr std::array table{
+    DeviceDescriptor{
+        "virtio-balloon", "gives memory that the guest does not use back to the host", balloon_options,
+        [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
+          auto balloon = std::make_unique<Balloon>(context.ram, ring_features(options));
+          balloon->set_target(options.number("inflate", 0, 1u << 24) << 20);
+          return mount(context, options, std::move(balloon));
+        }},
     DeviceDescriptor{"virtio-blk", "a disk image (Linux: /dev/vda)", block_options, make_block},
     DeviceDescriptor{"virtio-console", "a console (Linux: hvc0) and named ports", console_options,
                      make_console},
