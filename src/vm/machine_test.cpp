@@ -66,8 +66,14 @@ TEST(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
       kernels::elf64({.paddr = kernel_at, .vaddr = kernel_at, .entry = kernel_at}));
   VmConfig config{.kernel = kernel.path, .cpus = 2, .memory = 16 << 20, .cpu = "host"};
   config.serial.assign(4, {SerialConfig::Kind::null, {}});
-  config.devices = {
-      {"debugcon", {{"output", "null"}}}, {"isa-debug-exit", {}}, {"pvpanic", {}}, {"pc-testdev", {}}};
+  config.devices = {{"debugcon", {{"output", "null"}}},
+                    {"isa-debug-exit", {}},
+                    {"pvpanic", {}},
+                    {"pc-testdev", {}},
+                    {"virtio-rng", {}},
+                    {"virtio-balloon", {}},
+                    {"virtio-net", {}},
+                    {"virtio-console", {{"console", "null"}}}};
 
   const auto system = kvm::soft::open();
   Backends backends(config.serial, {});
