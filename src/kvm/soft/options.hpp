@@ -14,7 +14,7 @@ enum class Engine : uint8_t {
 
 struct Options {
   Engine engine = Engine::translate;
-  uint32_t translate_after = 16;         // runs of a block by the interpreter before it becomes host code
+  uint32_t translate_after = 16;  // runs of a block by the interpreter before it becomes host code
   // Turns of a loop before the path that the guest takes from its head becomes one piece; 0: never. At most
   // 2^31.
   uint32_t superblock_after = 2048;
