@@ -62,8 +62,8 @@ TEST(EventLoop, ACallbackMayDestroyItsOwnWatch) {
   std::atomic<int> calls = 0;
   EventLoop::Watch watch;
   watch = loop.watch_event(event.get(), [&] {
-    calls++;
     watch.reset();
+    calls++;  // last: it tells the other thread that `watch` is its own again
   });
   signal_event(event.get());
   EXPECT_TRUE(eventually([&] { return calls == 1; }));

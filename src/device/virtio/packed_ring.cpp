@@ -101,7 +101,7 @@ void PackedRing::push(const Chain& chain, uint32_t written) noexcept {
 
 // 2.8.10.1 Whether the driver's event lies among the places used since the last time.
 bool PackedRing::interrupt_wanted() noexcept {
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  full_fence();
   const uint32_t since = std::exchange(used_since_, 0);
   const uint16_t flags = load16(driver_event_, EVENT_FLAGS) & 3;
   if (flags == EVENT_DISABLE) return false;
@@ -118,7 +118,7 @@ void PackedRing::want_kicks(bool wanted) noexcept {
   if (wanted && event_index_) store16(device_event_, EVENT_DESC, next_avail_.packed());
   store16(device_event_, EVENT_FLAGS, !wanted ? EVENT_DISABLE : event_index_ ? EVENT_AT_DESC : EVENT_ENABLE);
   memory_->note_write(device_event_gpa_, event_size);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  full_fence();
 }
 
 bool PackedRing::set_position(uint32_t position) noexcept {

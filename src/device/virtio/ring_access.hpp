@@ -22,6 +22,12 @@ inline void store32(std::span<uint8_t> area, size_t offset, uint32_t value) noex
   std::atomic_ref(*reinterpret_cast<uint32_t*>(area.data() + offset)).store(value, std::memory_order_release);
 }
 
+// What was stored before is seen by others before anything behind it is loaded. The instruction itself,
+// because ThreadSanitizer does not know std::atomic_thread_fence.
+inline void full_fence() noexcept {
+  asm volatile("mfence" : : : "memory");
+}
+
 // A descriptor, copied. The last two fields are the split layout's; packed rings have the buffer's id in
 // `flags`' place and the flags in `next`'s.
 struct RawDescriptor {

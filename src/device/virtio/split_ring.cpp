@@ -105,7 +105,7 @@ void SplitRing::push(const Chain& chain, uint32_t written) noexcept {
 
 // 2.7.7.2: the index is published before the driver's wish is read, or both sides may miss each other.
 bool SplitRing::interrupt_wanted() noexcept {
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  full_fence();
   if (!event_index_) return !(load16(available_, FLAGS) & AVAIL_NO_INTERRUPT);
   const uint16_t event = load16(available_, RING + size_ * avail_element);
   const uint16_t before = std::exchange(signalled_, next_used_);
@@ -125,7 +125,7 @@ void SplitRing::want_kicks(bool wanted) noexcept {
     store16(used_, FLAGS, wanted ? 0 : USED_NO_NOTIFY);
     memory_->note_write(used_gpa_, 2);
   }
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  full_fence();
 }
 
 bool SplitRing::set_position(uint32_t position) noexcept {

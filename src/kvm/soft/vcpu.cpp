@@ -70,8 +70,10 @@ SoftVcpu::~SoftVcpu() {
 // --------------------------------------------------------------------------------------
 
 void SoftVcpu::post(uint32_t bits) noexcept {
+  // A sleeper is not in the guest: these are done when it wakes for another reason.
+  constexpr uint32_t can_wait = request::memory | request::code;
   cpu_.request.fetch_or(bits);
-  if (sleeping_.load()) futex_wake(cpu_.request);
+  if ((bits & ~can_wait) != 0 && sleeping_.load()) futex_wake(cpu_.request);
 }
 
 void SoftVcpu::post_flush() noexcept {

@@ -15,7 +15,7 @@ namespace lodge::kvm::soft {
 namespace {
 
 // Room that is certainly enough for one translation: host code, slots.
-constexpr size_t largest_translation = size_t{16} << 10;
+constexpr size_t largest_translation = size_t{32} << 10;
 constexpr size_t most_slots = 256;
 constexpr size_t stubs_room = size_t{32} << 10;
 static_assert(stubs_room >= Stubs::max_size);
@@ -24,7 +24,7 @@ constexpr size_t largest_region = size_t{256} << 10;
 constexpr size_t fewest_regions = 4;
 // Sites and the like may take so much for each byte of a region's code.
 constexpr size_t metadata_share = 8;
-constexpr size_t most_hints = 1 << 14;
+constexpr size_t most_hints = 1 << 12;
 
 }  // namespace
 

@@ -100,7 +100,7 @@ TEST(CodeCache, CodeThatWasReplacedRunsOnNoVcpu) {
 
 // The smallest cache is used up again and again by two vCPUs, each of which makes code stale that both run.
 TEST(CodeCache, IsSharedWhileItIsUsedUp) {
-  Guests guests({.translate_after = 2, .code_cache = size_t{256} << 10}, 2);
+  Guests guests({.translate_after = 2, .code_cache = size_t{512} << 10}, 2);
   for (uint64_t n = 0; n < pages; ++n) guests.place(n, static_cast<uint8_t>(n + 1));
   std::atomic<uint64_t> wrong{0};
   const auto runner = [&](unsigned id) {
