@@ -369,6 +369,10 @@ void Translator::before_interpreting(const Site& site) noexcept {
   cpu_.block = &block;
 }
 
+bool Translator::still_fits(const DecodedBlock& block) const noexcept {
+  return cpu_.decode_key == block.key && !cpu_.user_code_flushed && !cpu_.supervisor_code_flushed;
+}
+
 void Translator::note_unfilled() noexcept {
   ++(cpu_.wants_exit ? statistics_.device : cpu_.pending.valid ? statistics_.faults : statistics_.guarded);
 }
@@ -412,8 +416,10 @@ const void* Translator::on_slow_access(Site& site) noexcept {
     const bool goes_on = interpret(ops[i]);
     if (!cpu_.interrupted_access()) --behind;
     if (std::exchange(unfilled, false)) note_unfilled();
-    // On a path the next instruction may be elsewhere.
-    if (goes_on && (i == site.last || cpu_.rip == cpu_.this_rip(ops[i + 1u]))) continue;
+    // On a path the next instruction may be elsewhere, and FLDCW may have ended what the code was made for.
+    if (goes_on && still_fits(site.owner->code()) &&
+        (i == site.last || cpu_.rip == cpu_.this_rip(ops[i + 1u])))
+      continue;
     uncount(behind);
     return resume_at_rip();
   }
@@ -441,7 +447,7 @@ const void* Translator::on_complex(Site& site) noexcept {
     return leave();
   }
   // Another mode or other mappings: what follows is looked up anew.
-  if (cpu_.decode_key != block.key || cpu_.user_code_flushed || cpu_.supervisor_code_flushed) {
+  if (!still_fits(block)) {
     uncount(behind);
     return resume_at_rip();
   }

@@ -171,6 +171,8 @@ class Translator {
   }
   // After the interpreter has done an access that nothing could be filled in for.
   void note_unfilled() noexcept;
+  // Whether the mode and the mappings are still those that the running code was entered in.
+  bool still_fits(const DecodedBlock& block) const noexcept;
   bool interpret(const Op& op) noexcept;
 
   Cpu& cpu_;
