@@ -4,13 +4,19 @@
 // The guest is bare metal: it asks for an interrupt 0.5 to 1.5 ms ahead, then computes or halts. The
 // handler's first instruction is RDTSC; what it reads less the deadline is one sample. Nothing else is in the
 // way: no exit to the VMM happens between two samples.
+//
+// Beside it, what the host gives a thread of its own: one that looks at the TSC until the deadline has come
+// ("spinning": its lateness is time that the host was somewhere else), and one that sleeps until then
+// ("sleeping"). All four take turns, so that a noisy minute is everyone's.
 #include <fmt/format.h>
+#include <sys/prctl.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
 #include <fstream>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -61,33 +67,59 @@ double cpu_seconds() {
 }
 
 struct Result {
-  std::vector<double> microseconds;  // sorted
-  double cpu_share = 0;              // of one processor, of the whole process
+  std::vector<double> microseconds;
+  double cpu = 0, passed = 0;  // seconds of the whole process, and of the clock
 };
 
-Result measure(kvm::System& system, const Options& options, std::span<const uint8_t> code) {
-  const unsigned seconds = options.samples / 100 + 10;
+// Adds `samples` of a guest that runs `code`.
+void measure(Result& result, kvm::System& system, const Options& options, unsigned samples,
+             std::span<const uint8_t> code) {
+  const unsigned seconds = samples / 100 + 10;
   Guest guest(system, options.accelerator, {.ram = 8 << 20, .irqchip = Irqchip::full, .seconds = seconds});
   guest.load(code);
   guest.load(handler, handler_gpa);
   guest.enter(Mode::long64);
   guest.set_gate(vector, code64, handler_gpa);
   const double khz = guest.vcpu().tsc_khz();
-  guest.at<uint64_t>(parameters_gpa) = options.samples;
+  guest.at<uint64_t>(parameters_gpa) = samples;
   guest.at<uint64_t>(parameters_gpa + 8) = static_cast<uint64_t>(khz / 2);  // half a millisecond
   const auto start = std::chrono::steady_clock::now();
   const double cpu = cpu_seconds();
   guest.finish();
-  const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
-  Result result;
-  result.cpu_share = (cpu_seconds() - cpu) / passed.count();
-  for (unsigned i = 0; i < options.samples; ++i)
+  result.passed += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  result.cpu += cpu_seconds() - cpu;
+  for (unsigned i = 0; i < samples; ++i)
     result.microseconds.push_back(static_cast<double>(guest.at<int64_t>(samples_gpa + i * 8)) * 1000 / khz);
-  std::ranges::sort(result.microseconds);
-  return result;
 }
 
-void print(const Options& options, const char* state, const Result& result) {
+// The same on a thread of the host, in nanoseconds of its clock.
+void measure_native(Result& result, unsigned samples, bool sleeps) {
+  ::prctl(PR_SET_TIMERSLACK, 1);
+  std::minstd_rand random(samples);
+  std::uniform_int_distribution<int64_t> period(500'000, 1'500'000);
+  const auto now = [] {
+    timespec at{};
+    ::clock_gettime(CLOCK_MONOTONIC, &at);
+    return int64_t{at.tv_sec} * 1'000'000'000 + at.tv_nsec;
+  };
+  const int64_t start = now();
+  const double cpu = cpu_seconds();
+  for (unsigned i = 0; i < samples; ++i) {
+    const int64_t deadline = now() + period(random);
+    const timespec at{.tv_sec = deadline / 1'000'000'000, .tv_nsec = deadline % 1'000'000'000};
+    int64_t woken = 0;
+    if (sleeps) ::clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &at, nullptr);
+    while ((woken = now()) < deadline) {
+    }
+    result.microseconds.push_back(static_cast<double>(woken - deadline) / 1000);
+  }
+  result.passed += static_cast<double>(now() - start) / 1e9;
+  result.cpu += cpu_seconds() - cpu;
+}
+
+void print(const Options& options, const char* state, Result& result) {
+  std::ranges::sort(result.microseconds);
+  const double share_of_cpu = result.cpu / result.passed;
   const auto at = [&](double share) {
     const auto last = result.microseconds.size() - 1;
     return result.microseconds[std::min(last, static_cast<size_t>(share * static_cast<double>(last + 1)))];
@@ -98,11 +130,11 @@ void print(const Options& options, const char* state, const Result& result) {
         "\"us\": "
         "{{\"min\": {:.2f}, \"p50\": {:.2f}, \"p90\": {:.2f}, \"p99\": {:.2f}, \"p99.9\": {:.2f}, \"max\": "
         "{:.2f}}}}}\n",
-        options.accelerator, state, options.samples, load_average(), result.cpu_share, at(0), at(0.5),
-        at(0.9), at(0.99), at(0.999), at(1));
+        options.accelerator, state, options.samples, load_average(), share_of_cpu, at(0), at(0.5), at(0.9),
+        at(0.99), at(0.999), at(1));
   else
-    fmt::print("{:<8} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>9.2f} {:>6.1f} %   {}\n", state, at(0),
-               at(0.5), at(0.9), at(0.99), at(0.999), at(1), result.cpu_share * 100, load_average());
+    fmt::print("{:<9} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>8.2f} {:>9.2f} {:>6.1f} %   {}\n", state, at(0),
+               at(0.5), at(0.9), at(0.99), at(0.999), at(1), share_of_cpu * 100, load_average());
   std::fflush(stdout);
 }
 
@@ -112,12 +144,23 @@ int run(const Options& options) {
     const auto system = accelerator.open();
     if (!options.json)
       fmt::print(
-          "{}: {} samples each, microseconds from expiry to the handler\n{:<8} {:>8} {:>8} {:>8} {:>8} {:>8} "
+          "{}: {} samples each, microseconds from expiry to the handler\n{:<9} {:>8} {:>8} {:>8} {:>8} {:>8} "
           "{:>9} {:>8}   {}\n",
-          options.accelerator, options.samples, "guest", "min", "p50", "p90", "p99", "p99.9", "max", "CPU",
+          options.accelerator, options.samples, "who", "min", "p50", "p90", "p99", "p99.9", "max", "CPU",
           "load");
-    print(options, "busy", measure(*system, options, busy));
-    print(options, "halted", measure(*system, options, halted));
+    constexpr unsigned at_once = 250;
+    Result in_busy, in_halted, spinning, sleeping;
+    for (unsigned done = 0; done < options.samples; done += at_once) {
+      const unsigned samples = std::min(at_once, options.samples - done);
+      measure(in_busy, *system, options, samples, busy);
+      measure(in_halted, *system, options, samples, halted);
+      measure_native(spinning, samples, false);
+      measure_native(sleeping, samples, true);
+    }
+    print(options, "busy", in_busy);
+    print(options, "halted", in_halted);
+    print(options, "spinning", spinning);
+    print(options, "sleeping", sleeping);
     return 0;
   }
   fmt::print(stderr, "there is no accelerator '{}'\n", options.accelerator);

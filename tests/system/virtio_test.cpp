@@ -246,7 +246,8 @@ TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
   ASSERT_GT(filled, 300);
   process.send("rm /tmp/a; echo freed=$((1+2))\n");
   ASSERT_TRUE(process.wait_output("freed=3", boot_patience)) << process.out();
-  // Linux reports after two seconds, a part at a time; how fast is a matter of the guest's clock and of the load here.
+  // Linux reports after two seconds, a part at a time; how fast is a matter of the guest's clock and of the
+  // load here.
   long freed = filled;
   for (int i = 0; i < 600 && (freed = held_by(process.pid())) > filled - 270; i++) ::usleep(100'000);
   EXPECT_LE(freed, filled - 270) << "of " << filled << " MiB";

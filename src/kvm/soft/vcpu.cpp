@@ -139,6 +139,7 @@ bool SoftVcpu::wants_attention() noexcept {
 // --------------------------------------------------------------------------------------------------------------
 
 Exit SoftVcpu::run() noexcept {
+  const VcpuTimer::OnThread timer_on_thread(*timer_);
   finish_exit();
   enter_guest();
   int status = 0;

@@ -68,6 +68,7 @@ std::unique_ptr<Timer> VcpuTimer::make_timer(const std::shared_ptr<VcpuTimer>& t
 void VcpuTimer::detach() noexcept {
   deadline_ = 0;
   near_ = false;
+  alarm_.reset();
   host_.reset();  // waits for `approaching`
 }
 
@@ -93,13 +94,45 @@ void VcpuTimer::arm(uint64_t deadline) noexcept {
 void VcpuTimer::ask_host(uint64_t now_tsc, uint64_t left_ns) noexcept {
   const uint64_t ahead = left_ns - lead_running_.ns();
   asked_for_ = now_tsc + static_cast<uint64_t>(static_cast<u128>(ahead) * tsc_khz_ / 1'000'000);
-  host_->arm(clock_.now() + ahead);
+  const uint64_t at = clock_.now() + ahead;
+  if (alarm_)
+    alarm_->arm(at);
+  else
+    host_->arm(at);
+}
+
+void VcpuTimer::forget_host() noexcept {
+  if (asked_for_.exchange(0) == 0) return;
+  if (alarm_)
+    alarm_->cancel();
+  else if (host_)
+    host_->cancel();
 }
 
 void VcpuTimer::cancel() noexcept {
   deadline_ = 0;
   near_ = false;
-  if (asked_for_.exchange(0) != 0 && host_) host_->cancel();
+  forget_host();
+}
+
+// What was asked for elsewhere is asked for again by approach().
+void VcpuTimer::move_to_this_thread() noexcept {
+  forget_host();
+  alarm_.reset();
+  alarm_ = ThreadAlarm::create();
+  alarm_of_ = ::pthread_self();
+  alarm_tried_ = true;
+  seen_missed_ = ThreadAlarm::missed();
+  if (deadline_ != 0 && !near_) approaching_();
+}
+
+VcpuTimer::OnThread::OnThread(VcpuTimer& timer) noexcept : receiver_(timer.approaching_) {
+  if (!timer.alarm_tried_ || ::pthread_equal(timer.alarm_of_, ::pthread_self()) == 0) {
+    timer.move_to_this_thread();
+  } else if (const uint32_t missed = ThreadAlarm::missed(); missed != timer.seen_missed_) {
+    timer.seen_missed_ = missed;
+    if (timer.deadline_ != 0) timer.approaching_();
+  }
 }
 
 void VcpuTimer::approach() noexcept {
@@ -152,7 +185,7 @@ void VcpuTimer::wait(std::atomic<uint32_t>& word, uint64_t at_most_ns) noexcept 
     return;
   }
   tighten_slack();
-  if (asked_for_.exchange(0) != 0) host_->cancel();
+  forget_host();
   const uint64_t start = tsc();
   const uint64_t left = start < deadline ? nanoseconds(deadline - start) : 0;
   const uint64_t lead = halted_lead(start);

@@ -1,10 +1,11 @@
 // The timer of one vCPU's LAPIC. It expires on the vCPU's own thread: waking a thread takes tens of
-// microseconds, so a vCPU in the guest is told a little *before* the deadline and from then on looks at the
-// TSC between blocks; a halted one sleeps on the deadline itself, wakes a little before and spins for the
-// rest. How much before follows from how late the host is (LeadTime); spinning is limited to an eighth of
-// the time.
+// microseconds, so a vCPU in the guest is told a little *before* the deadline, by an alarm of its own thread,
+// and from then on looks at the TSC between blocks; a halted one sleeps on the deadline itself, wakes a
+// little before and spins for the rest. How much before follows from how late the host is (LeadTime);
+// spinning is limited to an eighth of the time.
 //
-// While the vCPU is not in run() nothing expires: it is due when run() is entered.
+// While the vCPU is not in run() nothing expires: it is due when run() is entered. Before the first run(),
+// and where the host grants no alarm, the clock's thread tells.
 #pragma once
 
 #include <pthread.h>
@@ -15,6 +16,7 @@
 #include <memory>
 
 #include "base/clock.hpp"
+#include "kvm/soft/thread_alarm.hpp"
 
 namespace lodge::kvm::soft {
 
@@ -22,7 +24,7 @@ namespace lodge::kvm::soft {
 // microseconds after it: up by a step or more when one did, down by a 200th of it when none did.
 class LeadTime {
  public:
-  static constexpr uint64_t longest_ns = 200'000, tolerable_ns = 10'000;
+  static constexpr uint64_t longest_ns = 200'000, tolerable_ns = 5'000;
   explicit LeadTime(uint64_t start_ns) : ns_(start_ns) {}
   uint64_t ns() const noexcept { return ns_; }
   void observe(uint64_t lateness_ns) noexcept;
@@ -42,6 +44,14 @@ class VcpuTimer {
   void detach() noexcept;
 
   // --- the vCPU's thread ---
+  // Around all of run(): `approaching` is also called in a signal handler of this thread.
+  class OnThread {
+   public:
+    explicit OnThread(VcpuTimer& timer) noexcept;
+
+   private:
+    ThreadAlarm::Receiver receiver_;
+  };
   // Near: expire_if_due() is to be asked between blocks.
   bool near() const noexcept { return near_.load(std::memory_order_relaxed); }
   void approach() noexcept;  // after `approaching`
@@ -56,6 +66,8 @@ class VcpuTimer {
   void arm(uint64_t deadline) noexcept;
   void cancel() noexcept;
   void ask_host(uint64_t now_tsc, uint64_t left_ns) noexcept;
+  void forget_host() noexcept;
+  void move_to_this_thread() noexcept;
   uint64_t nanoseconds(uint64_t ticks) const noexcept;
   uint64_t halted_lead(uint64_t now_tsc) noexcept;  // no longer than there is credit for
   void tighten_slack() noexcept;
@@ -64,7 +76,11 @@ class VcpuTimer {
   const uint32_t tsc_khz_;
   std::function<void()> approaching_;
   std::function<void()> expired_;
-  std::unique_ptr<Timer> host_;
+  std::unique_ptr<Timer> host_;         // of the clock
+  std::unique_ptr<ThreadAlarm> alarm_;  // of the thread that was last in run(); null: not granted
+  pthread_t alarm_of_{};
+  bool alarm_tried_ = false;
+  uint32_t seen_missed_ = 0;            // alarms of that thread
   std::atomic<uint64_t> deadline_{0};   // TSC of the host; 0: none
   std::atomic<uint64_t> asked_for_{0};  // TSC at which the host was asked to tell; 0: it was not
   std::atomic<bool> near_{false};

@@ -1,0 +1,87 @@
+#include "kvm/soft/thread_alarm.hpp"
+
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+namespace lodge::kvm::soft {
+namespace {
+
+// Signal handlers have no other way to their context; both are this thread's only.
+thread_local const std::function<void()>* volatile receiver = nullptr;
+thread_local volatile uint32_t missed_alarms = 0;
+
+// The host accelerator has the fifth.
+int alarm_signal() noexcept {
+  return SIGRTMIN + 6;
+}
+
+void on_alarm(int) noexcept {
+  const int saved_errno = errno;
+  if (const std::function<void()>* ring = receiver; ring != nullptr)
+    (*ring)();
+  else
+    missed_alarms = missed_alarms + 1;
+  errno = saved_errno;
+}
+
+bool install_handler() noexcept {
+  struct sigaction action {};
+  if (::sigaction(alarm_signal(), nullptr, &action) != 0) return false;
+  if ((action.sa_flags & SA_SIGINFO) != 0 || action.sa_handler != SIG_DFL) return false;
+  action.sa_handler = on_alarm;
+  action.sa_flags = SA_RESTART | SA_ONSTACK;
+  ::sigemptyset(&action.sa_mask);
+  return ::sigaction(alarm_signal(), &action, nullptr) == 0;
+}
+
+}  // namespace
+
+std::unique_ptr<ThreadAlarm> ThreadAlarm::create() noexcept {
+  static const bool installed = install_handler();
+  if (!installed) return nullptr;
+  sigevent event{};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = alarm_signal();
+  event._sigev_un._tid = static_cast<pid_t>(::syscall(SYS_gettid));
+  timer_t timer{};
+  if (::timer_create(CLOCK_MONOTONIC, &event, &timer) != 0) return nullptr;
+  sigset_t set;
+  ::sigemptyset(&set);
+  ::sigaddset(&set, alarm_signal());
+  ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
+  return std::unique_ptr<ThreadAlarm>(new ThreadAlarm(timer));
+}
+
+ThreadAlarm::~ThreadAlarm() {
+  ::timer_delete(timer_);
+}
+
+void ThreadAlarm::arm(uint64_t deadline) noexcept {
+  const uint64_t at = std::max<uint64_t>(deadline, 1);  // 0 would disarm
+  itimerspec time{};
+  time.it_value = {.tv_sec = static_cast<time_t>(at / 1'000'000'000),
+                   .tv_nsec = static_cast<long>(at % 1'000'000'000)};
+  ::timer_settime(timer_, TIMER_ABSTIME, &time, nullptr);
+}
+
+void ThreadAlarm::cancel() noexcept {
+  constexpr itimerspec never{};
+  ::timer_settime(timer_, 0, &never, nullptr);
+}
+
+ThreadAlarm::Receiver::Receiver(const std::function<void()>& ring) noexcept : outer_(receiver) {
+  receiver = &ring;
+}
+
+ThreadAlarm::Receiver::~Receiver() {
+  receiver = outer_;
+}
+
+uint32_t ThreadAlarm::missed() noexcept {
+  return missed_alarms;
+}
+
+}  // namespace lodge::kvm::soft
