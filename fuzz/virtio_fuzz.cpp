@@ -14,6 +14,7 @@
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
+#include "net/offload.hpp"
 
 namespace {
 
@@ -57,20 +58,62 @@ class NoDisk final : public block::Image {
   int close() noexcept override { return 0; }
 };
 
-class NoWire final : public net::Backend {
+// A network with all offloads and two pairs of queues. It brings a packet whenever the card has room for one,
+// of a size that the guest's last packet decides, and refuses some of what it is sent.
+class EchoWire final : public net::Backend, public net::Source {
  public:
-  void connect(net::Card&) noexcept override {}
-  void disconnect() noexcept override {}
-  void send(std::span<const uint8_t>) noexcept override {}
+  unsigned queues() const noexcept override { return 2; }
+  net::Offloads transmit_offloads() const noexcept override { return {true, true, true, true}; }
+  net::Offloads receive_offloads() const noexcept override { return {true, true, true, true}; }
+  void connect(net::Card& card, EventLoop&) noexcept override { card_ = &card; }
+  void disconnect() noexcept override { card_ = nullptr; }
+  bool send(unsigned, const net::PacketHeader& header, std::span<const iovec> pieces) noexcept override {
+    frame_.resize(net::total_size(pieces));
+    net::gather(pieces, frame_);
+    if (frame_[0] % 8 == 7 && std::exchange(refuse_, !refuse_)) return false;
+    net::segment(header, frame_, scratch_, [](std::span<const uint8_t>) {});
+    waiting_ = true;
+    return true;
+  }
+  size_t largest() noexcept override {
+    return !waiting_ ? 0 : frame_[0] % 2 ? net::max_frame : frame_.size();
+  }
+  size_t read(net::PacketHeader& header, std::span<const iovec> room) noexcept override {
+    if (!std::exchange(waiting_, false)) return 0;
+    header = {};
+    return net::scatter(frame_, room);
+  }
+  void bring(unsigned queue) {
+    if (!card_) return;
+    if (frame_.empty()) frame_.resize(60);
+    waiting_ = true;
+    card_->receive(queue, *this);
+    card_->transmit_ready(queue);
+  }
+
+ private:
+  net::Card* card_ = nullptr;
+  std::vector<uint8_t> frame_, scratch_;
+  bool waiting_ = false, refuse_ = true;
 };
+
+// The last one that was made, for packets that arrive between the driver's steps.
+std::weak_ptr<EchoWire> current_wire;
+
+std::unique_ptr<virtio::Device> make_network(machine::GuestMemory& memory) {
+  static EventLoop loop("fuzz");
+  const auto wire = std::make_shared<EchoWire>();
+  current_wire = wire;
+  auto network = std::make_unique<virtio::Network>(memory, wire, virtio::Network::Config{});
+  network->plug_in(loop);
+  return network;
+}
 
 constexpr Make makers[] = {
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Balloon>(memory);
     },
-    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
-      return std::make_unique<virtio::Network>(memory, std::make_shared<NoWire>(), virtio::Network::Config{});
-    },
+    make_network,
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Block>(memory, std::make_shared<NoDisk>(),
                                              virtio::Block::Config{"", 2});
@@ -99,10 +142,15 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static machine::GuestMemory memory(2 * machine::layout::MiB);
   Input input({data, size});
   const Make make = makers[input.byte() % std::size(makers)];
-  const auto device = make(memory), twin = make(memory);
+  const auto twin = make(memory), device = make(memory);
   virtio::testing::FakeDriver driver(*device, memory);
   virtio::testing::attack(*device, memory, static_cast<unsigned>(std::min<size_t>(size / 4, 300)),
-                          [&](uint32_t below) { return input.below(below); });
+                          [&](uint32_t below) {
+                            const uint32_t chosen = input.below(below);
+                            if (const auto wire = current_wire.lock(); wire && chosen % 16 == 3)
+                              wire->bring(chosen / 16 % 2);
+                            return chosen;
+                          });
   check_state(*device, *twin);
   if (!driver.start(virtio::F_RING_PACKED) || driver.needs_reset()) std::abort();
   check_state(*device, *twin);

@@ -1,6 +1,6 @@
 // libslirp is not thread-safe: one thread owns it and does nothing else. Frames of the guest and wake-ups
-// come through `mutex_`; frames for the guest go out from that thread, and those that the card has no room
-// for wait in a short list.
+// come through `mutex_`; frames for the guest go out from that thread, all of a turn together, and those that
+// the card has no room for wait in a short list.
 #include "net/user.hpp"
 
 #include <arpa/inet.h>
@@ -21,6 +21,7 @@
 
 #include "base/error.hpp"
 #include "base/fd.hpp"
+#include "net/offload.hpp"
 
 namespace lodge::net {
 
@@ -28,8 +29,35 @@ namespace {
 
 using Frame = std::vector<uint8_t>;
 
-// Frames that wait in each direction, at most: a TCP window of 64 KiB on a few connections. More are dropped.
-constexpr size_t max_waiting = 1024;
+// Frames that wait in each direction, at most. libslirp offers TCP windows of at most 64 KiB, so that many
+// are full-sized frames of a dozen connections. More of the guest's wait in its queue, more for it are
+// dropped.
+constexpr size_t max_waiting = 512;
+
+// What the network sends, one after the other.
+class WaitingFrames final : public Source {
+ public:
+  bool empty() const noexcept { return frames_.empty(); }
+  void add(std::span<const uint8_t> frame) {
+    if (frames_.size() < max_waiting) frames_.emplace_back(frame.begin(), frame.end());
+  }
+  void clear() noexcept { frames_.clear(); }
+  // libslirp has made the checksums in this process: nothing can have damaged them.
+  void set_checksums_known(bool known) noexcept { header_.flags = known ? PacketHeader::DATA_VALID : 0; }
+
+  size_t largest() noexcept override { return frames_.empty() ? 0 : frames_.front().size(); }
+  size_t read(PacketHeader& header, std::span<const iovec> room) noexcept override {
+    if (frames_.empty()) return 0;
+    header = header_;
+    const size_t size = scatter(frames_.front(), room);
+    frames_.pop_front();
+    return size;
+  }
+
+ private:
+  std::deque<Frame> frames_;
+  PacketHeader header_;
+};
 
 struct SlirpTimer {
   SlirpTimerCb callback;
@@ -39,9 +67,10 @@ struct SlirpTimer {
 
 class UserNetwork final : public Backend {
  public:
-  explicit UserNetwork(const std::vector<Forward>& forwards) : wake_(Fd::event()) {
+  UserNetwork(const std::vector<Forward>& forwards, uint16_t mtu) : mtu_(mtu), wake_(Fd::event()) {
     SlirpConfig config{};
     config.version = 1;
+    config.if_mtu = config.if_mru = mtu;
     config.in_enabled = true;
     config.in6_enabled = true;
     const auto ip4 = [](const char* text) {
@@ -82,7 +111,14 @@ class UserNetwork final : public Backend {
     thread_.join();
   }
 
-  void connect(Card& card) noexcept override {
+  // A TCP packet of the guest's goes through libslirp in one piece, however long: it reads a length of up to
+  // 64 KiB in the IP header as any other.
+  Offloads transmit_offloads() const noexcept override { return {true, true, true, true}; }
+  Offloads receive_offloads() const noexcept override { return {.checksum = true}; }
+  uint16_t mtu() const noexcept override { return mtu_; }
+  void accept(const Offloads& offloads) noexcept override { checksums_known_ = offloads.checksum; }
+
+  void connect(Card& card, EventLoop&) noexcept override {
     const std::lock_guard lock(card_mutex_);
     card_ = &card;
   }
@@ -90,17 +126,24 @@ class UserNetwork final : public Backend {
     const std::lock_guard lock(card_mutex_);
     card_ = nullptr;
   }
-  void send(std::span<const uint8_t> frame) noexcept override {
-    bool first;
-    {
-      const std::lock_guard lock(mutex_);
-      if (from_guest_.size() >= max_waiting) return;
-      first = from_guest_.empty();
-      from_guest_.emplace_back(frame.begin(), frame.end());
+  bool send(unsigned, const PacketHeader& header, std::span<const iovec> pieces) noexcept override {
+    const std::lock_guard lock(mutex_);
+    if (from_guest_.size() >= max_waiting) {
+      guest_waits_ = true;
+      return false;
     }
-    if (first) signal_event(wake_.get());
+    Frame frame;
+    if (!spare_.empty()) {
+      frame = std::move(spare_.back());
+      spare_.pop_back();
+    }
+    frame.resize(total_size(pieces));
+    gather(pieces, frame);
+    if (finish_checksum(header, frame)) from_guest_.push_back(std::move(frame));
+    return true;
   }
-  void receive_ready() noexcept override { signal_event(wake_.get()); }
+  void flush(unsigned) noexcept override { signal_event(wake_.get()); }
+  void receive_ready(unsigned) noexcept override { signal_event(wake_.get()); }
 
  private:
   static UserNetwork& self(void* opaque) { return *static_cast<UserNetwork*>(opaque); }
@@ -113,7 +156,7 @@ class UserNetwork final : public Backend {
   // --- What libslirp calls, on the thread.
   static ssize_t on_packet(const void* data, size_t size, void* opaque) {
     const auto* bytes = static_cast<const uint8_t*>(data);
-    self(opaque).deliver({bytes, size});
+    self(opaque).to_guest_.add({bytes, size});
     return static_cast<ssize_t>(size);
   }
   static void* new_timer(SlirpTimerCb callback, void* callback_opaque, void* opaque) {
@@ -161,13 +204,31 @@ class UserNetwork final : public Backend {
       .timer_new_opaque = nullptr,
   };
 
-  void deliver(std::span<const uint8_t> frame) noexcept {
-    if (to_guest_.empty() && offer(frame)) return;
-    if (to_guest_.size() < max_waiting) to_guest_.emplace_back(frame.begin(), frame.end());
-  }
-  bool offer(std::span<const uint8_t> frame) noexcept {
+  // Of one turn, in one go.
+  void deliver() noexcept {
+    to_guest_.set_checksums_known(checksums_known_);
     const std::lock_guard lock(card_mutex_);
-    return !card_ || card_->receive(frame);  // without a card there is nobody to wait for
+    if (!card_) to_guest_.clear();  // there is nobody to wait for
+    while (!to_guest_.empty() && card_->receive(0, to_guest_) == Card::Received::some) {
+    }
+  }
+  void take_from_guest() noexcept {
+    bool waits;
+    {
+      const std::lock_guard lock(mutex_);
+      batch_.swap(from_guest_);
+      waits = std::exchange(guest_waits_, false);
+    }
+    for (const Frame& frame : batch_)
+      ::slirp_input(slirp_.get(), frame.data(), static_cast<int>(frame.size()));
+    {
+      const std::lock_guard lock(mutex_);
+      for (Frame& frame : batch_)
+        if (spare_.size() < max_spare) spare_.push_back(std::move(frame));
+    }
+    batch_.clear();
+    const std::lock_guard lock(card_mutex_);
+    if (waits && card_) card_->transmit_ready(0);
   }
   void run_timers() noexcept {
     const int64_t now = now_ns() / 1'000'000;
@@ -198,26 +259,25 @@ class UserNetwork final : public Backend {
       if (polls_[0].revents) take_event(wake_.get());
       ::slirp_pollfds_poll(slirp_.get(), count < 0, polled, this);
       run_timers();
-      while (!to_guest_.empty() && offer(to_guest_.front())) to_guest_.pop_front();
-      std::deque<Frame> frames;
-      {
-        const std::lock_guard lock(mutex_);
-        frames.swap(from_guest_);
-      }
-      for (const Frame& frame : frames)
-        ::slirp_input(slirp_.get(), frame.data(), static_cast<int>(frame.size()));
+      take_from_guest();
+      deliver();
     }
   }
 
+  const uint16_t mtu_;
   Fd wake_;
   std::list<SlirpTimer> timers_;
   std::vector<pollfd> polls_;
-  std::deque<Frame> to_guest_;
+  WaitingFrames to_guest_;
+  std::vector<Frame> batch_;  // of the guest's, being served
 
   std::mutex card_mutex_;
   Card* card_ = nullptr;
   std::mutex mutex_;
-  std::deque<Frame> from_guest_;
+  static constexpr size_t max_spare = 64;
+  std::vector<Frame> from_guest_, spare_;
+  bool guest_waits_ = false;
+  std::atomic<bool> checksums_known_ = false;
   std::atomic<bool> stop_ = false;
   struct Cleanup {
     void operator()(Slirp* slirp) const noexcept { ::slirp_cleanup(slirp); }
@@ -258,8 +318,8 @@ Forward parse_forward(std::string_view option, std::string_view text) {
   return forward;
 }
 
-std::unique_ptr<Backend> open_user_network(const std::vector<Forward>& forwards) {
-  return std::make_unique<UserNetwork>(forwards);
+std::unique_ptr<Backend> open_user_network(const std::vector<Forward>& forwards, uint16_t mtu) {
+  return std::make_unique<UserNetwork>(forwards, mtu);
 }
 
 }  // namespace lodge::net

@@ -23,7 +23,10 @@ Forward parse_forward(std::string_view option, std::string_view text);
 
 // The guest is 10.0.2.15 by DHCP, the host 10.0.2.2 (its own 127.0.0.1 appears there), DNS 10.0.2.3; the same
 // with fec0:: in IPv6. Throws UsageError when a port cannot be listened on, std::system_error when the host
-// has no thread.
-std::unique_ptr<Backend> open_user_network(const std::vector<Forward>& forwards);
+// has no thread. `mtu`, up to max_user_mtu, is that of the network and proposed to the guest: the longer its
+// packets, the fewer of them go through libslirp.
+inline constexpr uint16_t max_user_mtu = 65521, default_user_mtu = 65521;
+std::unique_ptr<Backend> open_user_network(const std::vector<Forward>& forwards,
+                                           uint16_t mtu = default_user_mtu);
 
 }  // namespace lodge::net

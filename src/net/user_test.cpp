@@ -1,41 +1,15 @@
 #include "net/user.hpp"
 
 #include <gtest/gtest.h>
-#include <unistd.h>
-
-#include <atomic>
-#include <mutex>
 
 #include "base/error.hpp"
+#include "net/testing.hpp"
 
 namespace lodge::net {
 namespace {
 
-class Listener final : public Card {
- public:
-  bool receive(std::span<const uint8_t> frame) noexcept override {
-    const std::lock_guard lock(mutex);
-    if (!room) return false;
-    frames.emplace_back(frame.begin(), frame.end());
-    return true;
-  }
-  // Waits for a frame for which `matches` holds.
-  template <class Matches>
-  bool saw(Matches matches, int milliseconds = 5000) {
-    for (int i = 0; i < milliseconds; i++) {
-      {
-        const std::lock_guard lock(mutex);
-        for (const auto& frame : frames)
-          if (matches(frame)) return true;
-      }
-      ::usleep(1000);
-    }
-    return false;
-  }
-  std::mutex mutex;
-  bool room = true;
-  std::vector<std::vector<uint8_t>> frames;
-};
+using testing::Listener;
+using testing::send;
 
 // Who has 10.0.2.2?
 std::vector<uint8_t> arp_request() {
@@ -52,46 +26,77 @@ bool is_arp_reply(const std::vector<uint8_t>& frame) {
 
 TEST(UserNetwork, AnswersTheGuest) {
   Listener card;
+  EventLoop loop{"test"};
   const auto network = open_user_network({});
-  network->connect(card);
-  network->send(arp_request());
+  network->connect(card, loop);
+  send(*network, arp_request());
   EXPECT_TRUE(card.saw(is_arp_reply));
   network->disconnect();
 }
 
 TEST(UserNetwork, FramesWaitForRoom) {
   Listener card;
+  EventLoop loop{"test"};
   card.room = false;
   const auto network = open_user_network({});
-  network->connect(card);
-  network->send(arp_request());
+  network->connect(card, loop);
+  send(*network, arp_request());
   ::usleep(50'000);
-  {
-    const std::lock_guard lock(card.mutex);
-    EXPECT_TRUE(card.frames.empty());
-    card.room = true;
-  }
-  network->receive_ready();
+  EXPECT_TRUE(card.frames().empty());
+  card.room = true;
+  network->receive_ready(0);
   EXPECT_TRUE(card.saw(is_arp_reply));
   network->disconnect();
 }
 
 TEST(UserNetwork, OddFramesDoNotHurt) {
   Listener card;
+  EventLoop loop{"test"};
   const auto network = open_user_network({});
-  network->connect(card);
+  network->connect(card, loop);
   uint32_t value = 1;
   for (size_t size = 0; size < 2000; size++) {
-    std::vector<uint8_t> frame(size % 1600);
+    std::vector<uint8_t> frame(14 + size % 1600);
+    if (size % 100 == 0) frame.resize(max_frame - size);
     for (auto& byte : frame) byte = static_cast<uint8_t>((value = value * 1664525 + 1013904223) >> 24);
     if (size % 2 == 0 && frame.size() > 34) frame[12] = 8, frame[13] = 0, frame[14] = 0x45;
-    network->send(frame);
+    send(*network, frame);
   }
-  network->send(arp_request());
-  // Some are dropped when too many wait: ask until it has caught up.
-  for (int i = 0; i < 100 && !card.saw(is_arp_reply, 100); i++) network->send(arp_request());
+  send(*network, arp_request());
+  // Some are refused when too many wait: ask until it has caught up.
+  for (int i = 0; i < 100 && !card.saw(is_arp_reply, 100); i++) send(*network, arp_request());
   EXPECT_TRUE(card.saw(is_arp_reply));
   network->disconnect();
+}
+
+// Who has more to send than the network takes at once is told when it goes on.
+TEST(UserNetwork, AsksToWaitAndToGoOn) {
+  Listener card;
+  EventLoop loop{"test"};
+  const auto network = open_user_network({});
+  network->connect(card, loop);
+  bool refused = false;
+  for (unsigned i = 0; i < 1'000'000 && !refused; i++) refused = !send(*network, testing::frame_of(60));
+  ASSERT_TRUE(refused);
+  EXPECT_TRUE(Listener::eventually([&] { return card.ready > 0; }));
+  EXPECT_TRUE(send(*network, arp_request()));
+  EXPECT_TRUE(card.saw(is_arp_reply));
+  network->disconnect();
+}
+
+// Answers are said to have good checksums only to a guest that has agreed to believe it.
+TEST(UserNetwork, ChecksumsAreKnownToBeGood) {
+  for (const bool agreed : {false, true}) {
+    Listener card;
+    EventLoop loop{"test"};
+    const auto network = open_user_network({});
+    network->connect(card, loop);
+    network->accept({.checksum = agreed});
+    send(*network, arp_request());
+    ASSERT_TRUE(card.saw(is_arp_reply));
+    EXPECT_EQ(card.header_of(0), (PacketHeader{.flags = agreed ? PacketHeader::DATA_VALID : uint8_t{0}}));
+    network->disconnect();
+  }
 }
 
 TEST(Forwards, AreParsed) {

@@ -222,6 +222,7 @@ void Device::reset_queue(unsigned index) noexcept {
 void Device::attach_loop(EventLoop& loop) {
   for (unsigned i = 0; i < queues(); i++)
     watches_.push_back(loop.watch_event(kicks_[i].get(), [this, i] { kick(i); }));
+  attached(loop);
 }
 
 void Device::kick(unsigned index) noexcept {

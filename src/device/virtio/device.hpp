@@ -101,6 +101,8 @@ class Device : public Savable {
   virtual void config_written(unsigned /*offset*/, std::span<const uint8_t> /*data*/) noexcept {}
   // The driver is ready: queues are active. Kicks follow for each.
   virtual void started() noexcept {}
+  // `loop` serves the queues from now on; without the lock.
+  virtual void attached(EventLoop& /*loop*/) {}
   // Everything that is out must come back, or be forgotten: returns when nothing will touch guest memory for
   // `queue` (or -1: for any) again. May release the lock to wait.
   virtual void quiesce(std::unique_lock<std::mutex>& /*lock*/, int /*queue*/) noexcept {}

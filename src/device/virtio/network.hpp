@@ -1,45 +1,75 @@
-// The network card: one pair of queues and a control queue over a net::Backend.
+// The network card: pairs of queues and a control queue over a net::Backend.
 #pragma once
 
-#include <array>
 #include <memory>
 #include <vector>
 
 #include "device/virtio/device.hpp"
+#include "device/virtio/network_filter.hpp"
+#include "device/virtio/network_receive.hpp"
 #include "net/backend.hpp"
 
 namespace lodge::device::virtio {
 
 class Network final : public Device, private net::Card {
  public:
-  using Mac = std::array<uint8_t, 6>;
   struct Config {
     Mac mac;
-    uint16_t mtu = 0;  // 0: the guest's own choice
+    uint16_t mtu = 0;  // 0: the back end's proposal, or else the guest's own choice
   };
-  // The backend outlives machine resets, so it may be shared with the device that comes after this one.
+  // The backend outlives machine resets, so it may be shared with the device that comes after this one. The
+  // card has as many pairs of queues as it.
   Network(machine::GuestMemory& memory, std::shared_ptr<net::Backend> backend, const Config& config,
           const RingFeatures& rings = {});
   // Nothing arrives any more.
   ~Network() override;
 
- private:
-  bool receive(std::span<const uint8_t> frame) noexcept override;
-  bool place(std::span<const uint8_t> frame) noexcept;
+  // Connects the back end, served by `loop`; attach_loop() does it.
+  void plug_in(EventLoop& loop) noexcept { backend_->connect(*this, loop); }
 
+ private:
+  // --- net::Card
+  Received receive(unsigned pair, net::Source& source) noexcept override;
+  void transmit_ready(unsigned pair) noexcept override;
+  void set_link(bool up) noexcept override;
+
+  // --- Device
   void process(unsigned queue) noexcept override;
   unsigned config_size() const noexcept override;
   void config_bytes(std::span<uint8_t> out) const noexcept override;
+  void attached(EventLoop& loop) override { plug_in(loop); }
+  void started() noexcept override;
+  void quiesce(std::unique_lock<std::mutex>& lock, int queue) noexcept override;
+  void was_reset() noexcept override;
+  void save_device(nlohmann::json& json) const override;
+  void load_device(const nlohmann::json& json) override;
 
-  void transmit() noexcept;
-  void control() noexcept;
+  void transmit(unsigned pair) noexcept;
+  bool send(unsigned pair, const Chain& chain) noexcept;
+  void control(unsigned index) noexcept;
+  bool command(uint8_t group, uint8_t command, std::span<const uint8_t> data) noexcept;
+  bool use_pairs(std::span<const uint8_t> data) noexcept;
+  bool use_offloads(std::span<const uint8_t> data) noexcept;
+  void accept(uint64_t offloads) noexcept;
+  unsigned control_queue() const noexcept;
   size_t header_size() const noexcept;
 
   std::shared_ptr<net::Backend> backend_;
   Config config_;
+  Mac mac_;
+  unsigned max_pairs_;
+  unsigned pairs_ = 1;     // in use
+  uint64_t offloads_ = 0;  // what the driver copes with now, as feature bits
+  ReceiveFilter filter_;
+  bool link_ = true;
+  bool announce_ = false;                  // the driver is to tell the network where it is
+  bool announce_at_start_ = false;         // and will be told so when it runs here
+  std::vector<PacketReceiver> receivers_;  // of each pair
   Chain chain_;
-  std::vector<Chain> taken_;    // receive buffers of the frame that is being placed
-  std::vector<uint8_t> frame_;  // a frame of the guest, copied
+  std::vector<Segment> segments_;
+  std::vector<iovec> pieces_;
+  std::vector<uint8_t> command_;
+  std::vector<uint8_t> lost_;  // where packets go while there is no link
 };
 
 }  // namespace lodge::device::virtio

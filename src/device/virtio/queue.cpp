@@ -117,6 +117,13 @@ bool Queue::has_available() const noexcept {
                     ring_);
 }
 
+bool Queue::full() const noexcept {
+  return std::visit(Either{[](const std::monostate&) { return true; },
+                           [this](const SplitRing& ring) { return chains_out_ >= ring.size(); },
+                           [this](const PackedRing& ring) { return slots_out_ >= ring.size(); }},
+                    ring_);
+}
+
 uint32_t Queue::position() const noexcept {
   return std::visit(
       Either{[](const std::monostate&) { return 0u; }, [](const auto& ring) { return ring.position(); }},

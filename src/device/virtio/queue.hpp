@@ -37,6 +37,8 @@ class Queue {
 
   // Chains that are out.
   unsigned in_flight() const noexcept { return chains_out_; }
+  // Whether they fill the ring, so that the driver cannot add to them.
+  bool full() const noexcept;
 
   // For saved state, while nothing is out; false when the position is impossible.
   uint32_t position() const noexcept;

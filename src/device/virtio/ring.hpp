@@ -44,6 +44,8 @@ class SplitRing {
   void want_kicks(bool wanted) noexcept;
   bool has_available() const noexcept;
 
+  uint16_t size() const noexcept { return size_; }
+
   // next available index | next used index << 16
   uint32_t position() const noexcept { return next_avail_ | uint32_t{next_used_} << 16; }
   bool set_position(uint32_t position) noexcept;
@@ -74,6 +76,8 @@ class PackedRing {
   bool interrupt_wanted() noexcept;
   void want_kicks(bool wanted) noexcept;
   bool has_available() const noexcept;
+
+  uint16_t size() const noexcept { return size_; }
 
   // next available place, its wrap counter in bit 15 | the same of the next used place << 16
   uint32_t position() const noexcept { return next_avail_.packed() | uint32_t{next_used_.packed()} << 16; }

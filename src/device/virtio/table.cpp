@@ -76,9 +76,9 @@ constexpr auto network_options = options_with_common(
     OptionSchema{"mtu", "host_mtu", "0", "the largest packet, 68 to 65535; 0: the guest's choice"});
 
 // Locally administered, and another one for each slot.
-Network::Mac parse_mac(const std::string& text, unsigned slot) {
+Mac parse_mac(const std::string& text, unsigned slot) {
   if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(slot)};
-  Network::Mac mac{};
+  Mac mac{};
   int length = 0;
   const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
                                 &mac[2], &mac[3], &mac[4], &mac[5], &length);
