@@ -22,7 +22,7 @@ struct TlbEntry {
 };
 
 struct TlbSet {
-  static constexpr unsigned entries = 1024;
+  static constexpr unsigned entries = 4096;
 
   TlbSet() noexcept {
     for (unsigned i = 0; i < entries; ++i) clear(i);

@@ -33,9 +33,39 @@ class Generator : public x::CodeGenerator {
     stmxcsr(at(o_.fx + 24));
     ldmxcsr(at(o_.default_mxcsr));
   }
+  // Destroys flags. With something in the upper halves of registers, even zeros that were loaded there, each
+  // SSE instruction merges its result with what its destination held: chains of dependencies that the guest's
+  // program has not. So what is zero is made so by VZEROUPPER.
   void load_low() {
     ldmxcsr(at(o_.fx + 24));
+    x::Label high, done;
+    if (simd::host().avx) {
+      test_upper_halves();
+      jnz(high, T_NEAR);
+      for (int i = 0; i < 16; ++i) vmovaps(x::Xmm(i), home(i));
+      vzeroupper();
+      jmp(done, T_NEAR);
+    }
+    L(high);
     for (int i = 0; i < 16; ++i) vector_load(i);
+    L(done);
+  }
+  // ZF: they are all zero at home. Takes registers 0 to 3.
+  void test_upper_halves() {
+    if (simd::host().avx512) {
+      vmovdqa64(zmm0, home(0));
+      for (int i = 1; i < 16; ++i) vporq(zmm0, zmm0, home(i));
+      vextracti64x4(ymm1, zmm0, 1);
+      vextracti128(xmm2, ymm0, 1);
+      vextracti128(xmm3, ymm1, 1);
+      vpor(xmm1, xmm1, xmm2);
+      vpor(xmm1, xmm1, xmm3);
+    } else {
+      vmovaps(ymm0, home(0));
+      for (int i = 1; i < 16; ++i) vorps(ymm0, ymm0, home(i));
+      vextractf128(xmm1, ymm0, 1);
+    }
+    vptest(xmm1, xmm1);
   }
   void save_high() {
     if (!simd::host().avx512) return;
@@ -73,6 +103,10 @@ class Generator : public x::CodeGenerator {
     if (level >= 1) load_low();
   }
   void raise_level(unsigned from, unsigned to) {
+    mov(r11, rax);
+    lahf();
+    seto(al);
+    mov(word[rsp + static_cast<int>(o_.target)], ax);
     if (to == 3) {
       if (from >= 1) save_low();
       if (from >= 2) save_high();
@@ -81,9 +115,17 @@ class Generator : public x::CodeGenerator {
       if (to == 2 && from < 2) load_high();
       if (from < 1) load_low();
     }
+    restore_flags(o_.target);
+    mov(rax, r11);
     jmp(qword[rsp + static_cast<int>(o_.resume)]);
   }
 
+  // From LAHF's and SETO's bytes; takes EAX.
+  void restore_flags(int64_t word_offset) {
+    movzx(eax, word[rsp + static_cast<int>(word_offset)]);
+    add(al, 127);
+    sahf();
+  }
   void save_registers() {
     for (int i = 0; i < 16; ++i)
       if (!lives_in_memory(static_cast<unsigned>(i)))
@@ -115,11 +157,7 @@ class Generator : public x::CodeGenerator {
   }
   void restore_stub(Boundary boundary) {
     load_level(boundary.level);
-    if (boundary.native_flags) {
-      movzx(eax, word[rsp + static_cast<int>(o_.arith)]);
-      add(al, 127);
-      sahf();
-    }
+    if (boundary.native_flags) restore_flags(o_.arith);
     load_registers();
     jmp(qword[rsp + static_cast<int>(o_.resume)]);
   }
@@ -138,23 +176,22 @@ class Generator : public x::CodeGenerator {
   }
 
  private:
+  x::Address home(int i) { return at(o_.zmm + 64 * i); }
   void vector_store(int i) {
-    const int home = static_cast<int>(o_.zmm + 64 * i);
     if (simd::host().avx512)
-      vmovdqa64(ptr[rsp + home], x::Zmm(i));
+      vmovdqa64(home(i), x::Zmm(i));
     else if (simd::host().avx)
-      vmovaps(ptr[rsp + home], x::Ymm(i));
+      vmovaps(home(i), x::Ymm(i));
     else
-      movaps(ptr[rsp + home], x::Xmm(i));
+      movaps(home(i), x::Xmm(i));
   }
   void vector_load(int i) {
-    const int home = static_cast<int>(o_.zmm + 64 * i);
     if (simd::host().avx512)
-      vmovdqa64(x::Zmm(i), ptr[rsp + home]);
+      vmovdqa64(x::Zmm(i), home(i));
     else if (simd::host().avx)
-      vmovaps(x::Ymm(i), ptr[rsp + home]);
+      vmovaps(x::Ymm(i), home(i));
     else
-      movaps(x::Xmm(i), ptr[rsp + home]);
+      movaps(x::Xmm(i), home(i));
   }
   // FXSAVE64 (0) or FXRSTOR64 (1) of the image, which Xbyak lacks: REX.W 0F AE /n with [rsp + disp32].
   void fx(unsigned n) {

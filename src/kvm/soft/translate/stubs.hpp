@@ -22,7 +22,7 @@ struct StateOffsets {
 class Stubs {
  public:
   // Writes them to `code`, at most `max_size` bytes.
-  static constexpr size_t max_size = 24 << 10;
+  static constexpr size_t max_size = 32 << 10;
   Stubs(uint8_t* code, const StateOffsets& offsets);
 
   const StateOffsets offsets;

@@ -101,6 +101,29 @@ TEST_F(TranslatorGuest, AnInstructionAcrossPagesFollowsTheMappingOfTheSecond) {
   EXPECT_EQ(run(start).rax, 0x88776611u);
 }
 
+// One look-up for accesses off a register that constants are added to meanwhile; then one that cannot be
+// shared, because the bytes lie in two pages.
+TEST_F(TranslatorGuest, ARunGoesOnWhenItsBaseMoves) {
+  // mov rax, [rsi]; add rsi, 8; mov rbx, [rsi]; lea rsi, [rsi - 16]; mov rcx, [rsi + 4]; inc rsi; mov rdx,
+  // [rsi]; hlt
+  place(code, {0x48, 0x8b, 0x06, 0x48, 0x83, 0xc6, 0x08, 0x48, 0x8b, 0x1e, 0x48, 0x8d, 0x76,
+               0xf0, 0x48, 0x8b, 0x4e, 0x04, 0x48, 0xff, 0xc6, 0x48, 0x8b, 0x16, 0xf4});
+  const auto at = [&](uint64_t gpa) {
+    uint64_t value = 0;
+    std::memcpy(&value, ram_.data() + gpa, 8);
+    return value;
+  };
+  for (uint64_t i = 0; i < 0x2000; ++i) ram_.data()[0x20000 + i] = static_cast<uint8_t>(i * 37 >> 2);
+  for (const uint64_t middle : {0x20100, 0x20100, 0x21004, 0x20ffd, 0x20ff4, 0x21100}) {
+    const kvm_regs after = run({.rsi = middle, .rsp = stack_top, .rip = code});
+    EXPECT_EQ(after.rax, at(middle)) << std::hex << middle;
+    EXPECT_EQ(after.rbx, at(middle + 8)) << std::hex << middle;
+    EXPECT_EQ(after.rcx, at(middle - 4)) << std::hex << middle;
+    EXPECT_EQ(after.rdx, at(middle - 7)) << std::hex << middle;
+    EXPECT_EQ(after.rsi, middle - 7);
+  }
+}
+
 // The tables of indirect branches know addresses by all their bits.
 TEST_F(TranslatorGuest, NoAddressReachesCodeThroughTheEntryOfAnother) {
   place(code, {0xff, 0xe0});          // jmp rax

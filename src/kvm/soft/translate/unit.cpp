@@ -121,6 +121,8 @@ void UnitEmitter::emit_one(unsigned n) noexcept {
   if (i.level > flow_.level) raise_level(i.level);
   emit_kind(i, n);
   if (i.kind != Kind::complex) note_flags(i);
+  if (int32_t amount = 0; run_.active && run_.base != rsp && moves(run_.base, i, amount))
+    run_.moved += amount;
   finish_run(n);
 }
 
@@ -217,17 +219,26 @@ void UnitEmitter::load_guest(unsigned scratch, unsigned guest) noexcept {
 
 // ADD or SUB of a small immediate to all of RSP (of ESP in 32-bit code), or LEA within it: what it adds.
 bool UnitEmitter::moves_rsp(const Instruction& i, int32_t& amount) const noexcept {
+  return moves(rsp, i, amount);
+}
+
+// Whether all that the instruction does to registers is to add a small constant to `reg`.
+bool UnitEmitter::moves(unsigned reg, const Instruction& i, int32_t& amount) const noexcept {
   if (i.op->size != word_) return false;
   if (i.kind == Kind::address) {
     amount = static_cast<int32_t>(i.op->disp);
-    return amount == static_cast<int16_t>(amount) && i.op->dst == rsp * 8 && i.op->base == rsp &&
+    return amount == static_cast<int16_t>(amount) && i.op->dst == reg * 8 && i.op->base == reg &&
            i.op->index == gpr_zero && i.op->address_size == word_;
   }
-  if (i.kind != Kind::copy ||
-      (i.insn.mnemonic != ZYDIS_MNEMONIC_ADD && i.insn.mnemonic != ZYDIS_MNEMONIC_SUB))
-    return false;
-  if (i.operands[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE || i.operand_registers != register_bit(rsp))
-    return false;
+  if (i.kind != Kind::copy || i.operand_registers != register_bit(reg)) return false;
+  switch (i.insn.mnemonic) {
+    case ZYDIS_MNEMONIC_INC: amount = 1; return reg != rsp;
+    case ZYDIS_MNEMONIC_DEC: amount = -1; return reg != rsp;
+    case ZYDIS_MNEMONIC_ADD:
+    case ZYDIS_MNEMONIC_SUB: break;
+    default: return false;
+  }
+  if (i.operands[1].type != ZYDIS_OPERAND_TYPE_IMMEDIATE) return false;
   const auto value = static_cast<int64_t>(i.op->imm);
   if (value != static_cast<int16_t>(value)) return false;
   amount = static_cast<int32_t>(i.insn.mnemonic == ZYDIS_MNEMONIC_ADD ? value : -value);

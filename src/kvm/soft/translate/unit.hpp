@@ -26,8 +26,10 @@ class UnitEmitter {
   // base + disp until the op `last` is done.
   struct Run {
     bool active = false;
+    uint8_t base = gpr_zero;
     unsigned last = 0;
     int64_t disp = 0;
+    int64_t moved = 0;         // what has been added to the base since
     std::vector<Site*> sites;  // of the look-up, and of instructions that may fault natively
   };
   struct Access {
@@ -125,6 +127,7 @@ class UnitEmitter {
   Boundary boundary() const noexcept;
   bool in_page(int64_t offset) const noexcept;
   bool moves_rsp(const Instruction& i, int32_t& amount) const noexcept;
+  bool moves(unsigned reg, const Instruction& i, int32_t& amount) const noexcept;
   Site& new_site(unsigned n, unsigned last) noexcept;
   Site& new_fault(unsigned n, unsigned last) noexcept;
   Site& interpret_if(uint8_t* jump, unsigned n) noexcept;

@@ -93,6 +93,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
   bool write = first.write;
   unsigned last = n;
   int32_t stack = flow_.rsp;
+  int64_t moved = 0;
   for (unsigned k = n; k < code_.size(); ++k) {
     const Instruction& i = code_[k];
     // Within a path: the access that is looked up before a branch may not come, but that costs a miss at
@@ -107,7 +108,8 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
     // RSP as data has to be stored first, which moves what accesses are relative to.
     if (i.kind == Kind::memory && k != n && stack != 0 && (i.operand_registers & register_bit(rsp)) != 0)
       break;
-    if (const auto a = access_of(i, stack); a.has_value()) {
+    if (auto a = access_of(i, stack); a.has_value()) {
+      a->disp += moved;
       if (a->base != first.base || a->index != gpr_zero || a->segment != seg_none ||
           a->narrow != first.narrow)
         break;
@@ -130,11 +132,16 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
     } else if (!spares_run(i, first.base, stack)) {
       break;
     }
-    if (first.base != rsp && (i.written_registers & register_bit(first.base)) != 0) break;
+    if (first.base != rsp && (i.written_registers & register_bit(first.base)) != 0) {
+      int32_t amount = 0;
+      if (!moves(first.base, i, amount)) break;
+      moved += amount;
+    }
     if (i.kind == Kind::memory && (i.operand_registers & i.written_registers & register_bit(rsp)) != 0) break;
   }
   if (last == n) return;
   run_.active = true;
+  run_.base = first.base;
   run_.last = last;
   run_.disp = low;
   Access whole = first;
@@ -148,7 +155,7 @@ void UnitEmitter::plan_run(const Access& first, unsigned n) noexcept {
 UnitEmitter::Place UnitEmitter::reach(const Instruction& i, unsigned n) noexcept {
   const Access access = access_of(i, flow_.rsp).value_or(Access{});
   if (!run_.active) plan_run(access, n);
-  if (run_.active) return {.disp = access.disp - run_.disp, .site = nullptr};
+  if (run_.active) return {.disp = access.disp + run_.moved - run_.disp, .site = nullptr};
   return {.disp = 0, .site = &look_up(access, n, n)};
 }
 
@@ -245,8 +252,13 @@ Site& UnitEmitter::look_up(const Access& a, unsigned n, unsigned last) noexcept 
   static_assert(sizeof(TlbEntry) == 32 && offsetof(TlbSet, entry) == 0);
   effective_address(a);
   add_segment(a, site);
-  e_.move(scratch1, scratch0, false);
-  e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(page_shift - 5);               // shr r11d, 7
+  constexpr unsigned to_entry = page_shift - 5;
+  if (simd::host().bmi2) {
+    e_.u8(0xc4), e_.u8(0x43), e_.u8(0x7b), e_.u8(0xf0), e_.u8(0xda), e_.u8(to_entry);  // rorx r11d, r10d
+  } else {
+    e_.move(scratch1, scratch0, false);
+    e_.u8(0x41), e_.u8(0xc1), e_.u8(0xeb), e_.u8(to_entry);  // shr r11d
+  }
   e_.u8(0x41), e_.u8(0x81), e_.u8(0xe3), e_.u32((TlbSet::entries - 1) * 32);  // and r11d
   e_.indexed(0x2b, scratch0, scratch1, 0, tag);                               // sub r10, [tag]
   e_.u8(0x49), e_.u8(0x81), e_.u8(0xfa), e_.u32(page_size - a.size);          // cmp r10

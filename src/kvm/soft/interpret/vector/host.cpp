@@ -33,6 +33,7 @@ bool bit(uint32_t word, unsigned n) {
 
 Host::Host() {
   const Leaf one = cpuid(1), seven = cpuid(7), seven1 = cpuid(7, 1), ext = cpuid(0x8000'0001);
+  bmi2 = (seven.ebx >> 8 & 1) != 0;
   const uint64_t xcr0 = bit(one.ecx, 27) ? host_xcr0() : 3;
   avx = bit(one.ecx, 28) && (xcr0 & component::avx_bits) == component::avx_bits;
   const bool f512 = bit(seven.ebx, 16) && (xcr0 & component::avx512_bits) == component::avx512_bits;

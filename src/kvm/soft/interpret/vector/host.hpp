@@ -21,6 +21,7 @@ inline constexpr uint64_t avx_bits = 6, avx512_bits = 0xe6;
 struct Host {
   Host();
 
+  bool bmi2 = false;
   bool avx = false;     // VEX instructions and YMM registers
   bool avx512 = false;  // F, BW, DQ and VL together: what the stubs use to load and store registers
   uint32_t mxcsr_mask = 0xffff;
