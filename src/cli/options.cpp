@@ -16,6 +16,8 @@ namespace {
 
 constexpr const char* footer = R"(
 Examples:
+  lodge run debian.qcow2
+  lodge run --snapshot --memory 1G --forward 2222:22 debian.qcow2
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
   lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
@@ -57,6 +59,12 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   app->get_formatter()->column_width(34);
 
   auto* run = app->add_subcommand("run", "Run a virtual machine");
+  run->add_option(
+         "disk", raw.boot_disk,
+         "boot the Linux on this disk image: FILE, with options as --disk has them; it gets a console, "
+         "network, entropy and a balloon")
+      ->type_name("DISK");
+  run->add_flag("--snapshot", raw.snapshot, "throw changes to the booted disk away at the end");
   run->add_option("--kernel", raw.kernel, "Linux bzImage, ELF vmlinux (PVH) or multiboot kernel")
       ->type_name("FILE");
   run->add_option("--initrd", raw.initrds,
@@ -82,9 +90,10 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--serial", raw.serial, "a serial port: stdio, file:PATH, pty or null; up to 4 times")
       ->type_name("WHERE")
       ->allow_extra_args(false);
-  run->add_option("--net", raw.net, "user: a network card behind a NAT that needs no privilege; or none")
-      ->type_name("KIND")
-      ->capture_default_str();
+  run->add_option("--net", raw.net,
+                  "user: a network card behind a NAT that needs no privilege; or none (default: none, with a "
+                  "DISK user)")
+      ->type_name("KIND");
   run->add_option(
          "--forward", raw.forwards,
          "a port of the host that leads into the guest: [udp:][ADDRESS:]HOST:GUEST; implies --net user; "
@@ -125,7 +134,8 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
 }
 
 Values values_of(const std::string& option) {
-  if (option == "--kernel" || option == "--initrd" || option == "--disk") return {{}, true};
+  if (option == "disk" || option == "--kernel" || option == "--initrd" || option == "--disk")
+    return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
   if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
@@ -150,6 +160,20 @@ Values values_of(const std::string& option) {
 
 namespace {
 
+// The disk comes first, so that it is vda; then what an installed system expects of a machine.
+void add_boot_disk(const detail::RawOptions& raw, vm::VmConfig& config) {
+  auto disk = vm::parse_disk("DISK", raw.boot_disk);
+  if (raw.snapshot) disk.options["snapshot"] = "on";
+  config.boot_disk = disk.options["file"];
+  config.devices.push_back(std::move(disk));
+  for (const char* name : {"virtio-rng", "virtio-balloon"}) {
+    const bool given = std::ranges::any_of(raw.devices, [&](const std::string& text) {
+      return vm::parse_device("--device", text).name == name;
+    });
+    if (!given) config.devices.push_back({name, {}});
+  }
+}
+
 RunCommand understand_run(const detail::RawOptions& raw) {
   RunCommand command;
   auto& config = command.config;
@@ -168,15 +192,23 @@ RunCommand understand_run(const detail::RawOptions& raw) {
     config.serial.clear();
     for (const auto& text : raw.serial) config.serial.push_back(vm::parse_serial("--serial", text));
   }
-  if (!raw.console.empty()) {
-    vm::parse_serial("--console", raw.console);
-    if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
-    config.devices.push_back({"virtio-console", {{"console", raw.console}}});
+  std::string console = raw.console, net = raw.net;
+  if (raw.boot_disk.empty()) {
+    if (raw.snapshot) usage_error("--snapshot: is for the disk that is booted; give --disk FILE,snapshot");
+  } else {
+    add_boot_disk(raw, config);
+    if (console.empty() && raw.serial.empty()) console = "stdio";
+    if (net.empty()) net = "user";
   }
-  if (raw.net != "none" && raw.net != "user")
-    usage_error("--net: unknown network '{}'; choose user or none", raw.net);
+  if (!console.empty()) {
+    vm::parse_serial("--console", console);
+    if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
+    config.devices.push_back({"virtio-console", {{"console", console}}});
+  }
+  if (!net.empty() && net != "none" && net != "user")
+    usage_error("--net: unknown network '{}'; choose user or none", net);
   for (const auto& text : raw.forwards) net::parse_forward("--forward", text);
-  if (raw.net == "user" || !raw.forwards.empty())
+  if (net == "user" || !raw.forwards.empty())
     config.devices.push_back({"virtio-net", {{"forward", fmt::format("{}", fmt::join(raw.forwards, "+"))}}});
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));

@@ -41,9 +41,11 @@ namespace detail {
 // The options as text, before their values are understood.
 struct RawOptions {
   std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
-                              code_cache = "64M", cpu = "host", name = "lodge", console, net = "none", shell;
+                              code_cache = "64M", cpu = "host", name = "lodge", console, net, shell,
+                              boot_disk;
   std::vector<std::string> initrds, serial, disks, forwards, devices;
-  bool no_reboot = false, stats = false, perf_map = false, run_json = false, doctor_json = false;
+  bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,
+       doctor_json = false;
   RawImageOptions image;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);

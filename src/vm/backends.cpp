@@ -53,6 +53,12 @@ std::shared_ptr<block::Image> Backends::open_disk(const std::string& path,
   return disk;
 }
 
+block::Image& Backends::disk(const std::string& path) {
+  const auto found = disks_.find(path);
+  if (found == disks_.end() || !found->second) usage_error("{}: no disk of this machine has that file", path);
+  return *found->second;
+}
+
 std::shared_ptr<net::Backend> Backends::open_user_network(const std::string& forwards) {
   const auto [first, last] = networks_.equal_range(forwards);
   for (auto network = first; network != last; ++network)

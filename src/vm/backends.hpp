@@ -30,6 +30,8 @@ class Backends {
   // The disk image at `path`, opened at its first use. It stays open over machine resets, so that a temporary
   // overlay keeps what the guest has written. Throws UsageError, also when a device has it.
   std::shared_ptr<block::Image> open_disk(const std::string& path, const block::OpenOptions& options);
+  // The image that a device has opened by this path. Throws UsageError when none has.
+  block::Image& disk(const std::string& path);
   // A user-mode network with these forwards, joined by '+'. It outlives machine resets. Throws UsageError.
   std::shared_ptr<net::Backend> open_user_network(const std::string& forwards);
   // The pseudo-terminals that devices have opened: the option and the path.

@@ -198,8 +198,11 @@ std::span<const std::string_view> cpu_models() noexcept {
 }
 
 void validate(const VmConfig& config, const HostLimits& limits) {
-  if (config.kernel.empty())
-    usage_error("--kernel: missing; give the path of a Linux bzImage, an ELF vmlinux or a multiboot kernel");
+  if (config.kernel.empty() && config.boot_disk.empty()) {
+    usage_error(
+        "nothing to run: give a disk image with an installed Linux, or --kernel with the path of a Linux "
+        "bzImage, an ELF vmlinux or a multiboot kernel");
+  }
   if (config.name.empty() || config.name.size() > max_name ||
       !std::ranges::all_of(config.name, [](unsigned char c) { return c > ' ' && c < 0x7f && c != '/'; })) {
     usage_error("--name: '{}' is not a name of 1 to {} visible ASCII characters without '/'", config.name,
@@ -219,7 +222,8 @@ void validate(const VmConfig& config, const HostLimits& limits) {
                 limits.memory / MiB);
   validate_serial(config);
   for (const auto& device : config.devices) device::check_device(device.name, device.options);
-  if (readable_file("--kernel", config.kernel) == 0) usage_error("--kernel: '{}' is empty", config.kernel);
+  if (!config.kernel.empty() && readable_file("--kernel", config.kernel) == 0)
+    usage_error("--kernel: '{}' is empty", config.kernel);
   validate_initrds(config);
 }
 

@@ -30,7 +30,9 @@ struct DeviceConfig {
 
 struct VmConfig {
   std::string name = "lodge";
-  std::string kernel;                // path; required
+  std::string kernel;                // path; empty: the one on boot_disk
+  std::string boot_disk;             // of a virtio-blk in devices, as its file= names it
+  bool seeded = false;               // a disk with cloud-init's settings is there: boot_disk must have that
   std::vector<std::string> initrds;  // paths: joined to one initramfs; multiboot: modules, "path arguments"
   std::string append;                // the kernel's command line
   unsigned cpus = 1;

@@ -8,6 +8,7 @@
 
 #include "base/error.hpp"
 #include "device/pci/allocate.hpp"
+#include "guestfs/boot_files.hpp"
 #include "machine/acpi/acpi.hpp"
 #include "machine/layout.hpp"
 #include "machine/smbios/smbios.hpp"
@@ -30,6 +31,15 @@ constexpr uint64_t hwcr_tsc_freq_sel = 1u << 24;  // the TSC counts at P0's freq
 constexpr uint64_t misc_enable_fast_string = 1;
 // Enabled, write-back by default: what is no RAM is left to the guest's page attributes, as KVM machines do.
 constexpr uint64_t mtrr_write_back = 0x800 | 6;
+
+// The kernel's consoles: those that somebody sees. The last is the one that is typed on.
+std::string kernel_consoles(const VmConfig& config) {
+  const bool serial = !config.serial.empty() && config.serial[0].kind != SerialConfig::Kind::null;
+  const bool virtio = std::ranges::any_of(
+      config.devices, [](const DeviceConfig& device) { return device.name == "virtio-console"; });
+  return fmt::format("{}{}{}", serial ? "console=ttyS0" : "", serial && virtio ? " " : "",
+                     virtio ? "console=hvc0" : "");
+}
 
 void set_lvt(kvm_lapic_state& lapic, unsigned offset, uint32_t value) {
   for (unsigned i = 0; i < 4; i++) lapic.regs[offset + i] = static_cast<char>(value >> (8 * i));
@@ -222,13 +232,32 @@ void Machine::describe(const VmConfig& config) {
   machine::smbios::install(smbios, memory_);
 }
 
+// A kernel that the guest has installed counts from the next reset on: the disk is read as it is now.
+machine::boot::BootState Machine::load_from_disk(const VmConfig& config, machine::boot::Request request) {
+  const auto files =
+      guestfs::find_boot_files(backends_.disk(config.boot_disk), config.boot_disk, memory_.size());
+  if (config.seeded && !files.cloud_init) {
+    usage_error(
+        "{}: the system on this disk has no cloud-init, which --user-data, --ssh-key, --hostname and --run "
+        "need; 'lodge image build' takes --package cloud-init, and --ssh-key and --hostname itself",
+        config.boot_disk);
+  }
+  request.kernel = fmt::format("{} of {}", files.kernel_path, config.boot_disk);
+  // What the user has appended comes last, and counts where it says something else.
+  request.append = fmt::format("root={} ro {}{}{}", files.root, kernel_consoles(config),
+                               request.append.empty() ? "" : " ", request.append);
+  request.initrd = files.initrd;
+  return machine::boot::load_bytes(files.kernel, request, memory_);
+}
+
 void Machine::load_kernel(const VmConfig& config) {
   machine::boot::Request request;
   request.acpi_rsdp = rsdp_;
   request.kernel = config.kernel;
   request.append = config.append;
   request.initrds = config.initrds;
-  const auto state = machine::boot::load(request, memory_);
+  const auto state =
+      config.kernel.empty() ? load_from_disk(config, request) : machine::boot::load(request, memory_);
   protocol_ = state.protocol;
   state.apply(*vcpus_[0]);
 }

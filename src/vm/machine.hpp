@@ -66,6 +66,7 @@ class Machine {
   void create_vcpus(const VmConfig& config, kvm::System& system);
   void describe(const VmConfig& config);
   void load_kernel(const VmConfig& config);
+  machine::boot::BootState load_from_disk(const VmConfig& config, machine::boot::Request request);
   machine::Interrupt& interrupt(uint32_t gsi) { return inputs_[gsi]->add_driver(); }
   void mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::RegisterWindow& window,
              const char* owner);

@@ -68,6 +68,12 @@ TEST_F(BadInput, OptionWithoutItsValue) {
 TEST_F(BadInput, NoKernel) {
   refused({"run"}, "--kernel");
 }
+TEST_F(BadInput, DiskWithoutAKernel) {
+  refused({"run", "--accel", accelerator, file("disk.raw", std::string(1 << 20, '\0'))},
+          "no kernel on this disk");
+  refused({"run", "--accel", accelerator, dir_ + "/none.qcow2"}, "none.qcow2: cannot be opened");
+  refused({"run", "--snapshot", "--kernel", LODGE_GUEST}, "--snapshot");
+}
 TEST_F(BadInput, MissingKernel) {
   refused({"run", "--kernel", dir_ + "/none"}, "No such file");
 }

@@ -46,12 +46,15 @@ void load_elf_segments(Loading& loading, const ElfImage& elf) {
 
 Blob load_initrds(Loading& loading, uint64_t limit) {
   std::vector<Mapping> files;
-  uint64_t size = 0;
+  std::vector<Bytes> parts;
+  if (!loading.request.initrd.empty()) parts.push_back(loading.request.initrd);
   for (const std::string& path : loading.request.initrds) {
     files.push_back(Mapping::file(path, "--initrd"));
-    size = align_up(size, 4) + files.back().size();
+    parts.push_back(files.back().bytes());
   }
-  if (files.empty()) return {};
+  uint64_t size = 0;
+  for (const Bytes part : parts) size = align_up(size, 4) + part.size();
+  if (parts.empty()) return {};
   Placement& placement = loading.placement;
   const auto gpa = placement.allocate_high(size, 4096, limit);
   if (!gpa) {
@@ -60,11 +63,11 @@ Blob load_initrds(Loading& loading, uint64_t limit) {
         align_up(size, layout::MiB) >> 20, placement.memory().size() >> 20);
   }
   uint64_t at = 0;
-  for (const Mapping& file : files) {
+  for (const Bytes part : parts) {
     const uint64_t padding = align_up(at, 4) - at;
     placement.zero(*gpa + at, padding, "the initial RAM disk");
-    placement.store(*gpa + at + padding, file.bytes(), "the initial RAM disk");
-    at += padding + file.size();
+    placement.store(*gpa + at + padding, part, "the initial RAM disk");
+    at += padding + part.size();
   }
   return {*gpa, size};
 }

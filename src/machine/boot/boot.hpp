@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "machine/boot/bytes.hpp"
 #include "machine/boot/entry.hpp"
 #include "machine/memory.hpp"
 
@@ -29,6 +30,7 @@ struct Request {
   std::string kernel;  // path
   std::vector<std::string>
       initrds;             // Linux and PVH: joined to one initramfs; multiboot: modules, "path arguments"
+  Bytes initrd{};          // one that is in memory already, before those files
   std::string append;      // command line
   uint64_t acpi_rsdp = 0;  // guest-physical; 0: no ACPI tables
 };
