@@ -1,6 +1,8 @@
 // The VirtIO devices under a hostile driver: the input chooses what it does to rings, registers and buffers
 // (device/virtio/testing.hpp). Afterwards saved state must load as the same again, and a driver that follows
 // the rules must find a device that works.
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -12,6 +14,7 @@
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
+#include "device/virtio/file_system.hpp"
 #include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
 #include "net/offload.hpp"
@@ -109,7 +112,24 @@ std::unique_ptr<virtio::Device> make_network(machine::GuestMemory& memory) {
   return network;
 }
 
+// Nothing is in it, and what the input makes of it stays small: share_fuzz is about requests that make sense.
+std::shared_ptr<const share::Folder> empty_folder() {
+  static const std::shared_ptr<const share::Folder> folder = [] {
+    std::string pattern = "/tmp/lodge-virtio-fuzz-XXXXXX";
+    const char* path = ::mkdtemp(pattern.data());
+    auto opened = std::make_shared<share::Folder>(path);
+    ::rmdir(path);
+    return opened;
+  }();
+  return folder;
+}
+
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      return std::make_unique<virtio::FileSystem>(
+          memory, empty_folder(), "tag",
+          share::FuseServer::Config{false, share::owners_of_process("", "0:0"), 16});
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Balloon>(memory);
     },

@@ -22,6 +22,7 @@ Examples:
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
   lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
   lodge run --kernel vmlinuz --initrd initramfs --net user --forward 2222:22
+  lodge run --kernel vmlinuz --initrd initramfs --share /home/me/src:src,readonly
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image create disk.qcow2 20G
   lodge doctor
@@ -110,6 +111,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "a virtio console (Linux: console=hvc0): stdio, file:PATH, pty or null; without --serial the "
          "serial port is nobody's then")
       ->type_name("WHERE");
+  run->add_option("--share", raw.shares,
+                  "a folder for the guest (Linux: mount -t virtiofs TAG DIRECTORY): "
+                  "PATH:TAG[,readonly][,owner=UID:GID]; repeatable")
+      ->type_name("FOLDER")
+      ->allow_extra_args(false);
   run->add_option("--name", raw.name, "the machine's name, as ps shows it")
       ->type_name("NAME")
       ->capture_default_str();
@@ -134,7 +140,8 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
 }
 
 Values values_of(const std::string& option) {
-  if (option == "disk" || option == "--kernel" || option == "--initrd" || option == "--disk")
+  if (option == "disk" || option == "--kernel" || option == "--initrd" || option == "--disk" ||
+      option == "--share")
     return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
@@ -211,6 +218,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   if (net == "user" || !raw.forwards.empty())
     config.devices.push_back({"virtio-net", {{"forward", fmt::format("{}", fmt::join(raw.forwards, "+"))}}});
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
+  for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;
   config.soft.count = command.stats;

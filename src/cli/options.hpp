@@ -44,6 +44,7 @@ struct RawOptions {
                               code_cache = "64M", cpu = "host", name = "lodge", console, net, shell,
                               boot_disk;
   std::vector<std::string> initrds, serial, disks, forwards, devices;
+  std::vector<std::string> shares;
   bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,
        doctor_json = false;
   RawImageOptions image;

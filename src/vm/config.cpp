@@ -182,6 +182,29 @@ DeviceConfig parse_disk(std::string_view option, std::string_view text) {
   return disk;
 }
 
+DeviceConfig parse_share(std::string_view option, std::string_view text) {
+  DeviceConfig share{"virtio-fs", {}};
+  for (bool first = true; first || !text.empty(); first = false) {
+    const auto comma = std::min(text.find(','), text.size());
+    const std::string_view part = text.substr(0, comma);
+    text.remove_prefix(std::min(comma + 1, text.size()));
+    if (first) {
+      const auto colon = part.rfind(':');
+      if (colon == 0 || colon == std::string_view::npos || colon + 1 == part.size())
+        usage_error("{}: '{}' is not PATH:TAG, for example /home/me/src:src", option, part);
+      share.options = {{"path", std::string(part.substr(0, colon))},
+                       {"tag", std::string(part.substr(colon + 1))}};
+      continue;
+    }
+    const auto equals = std::min(part.find('='), part.size());
+    const std::string key(part.substr(0, equals));
+    if (key.empty() ||
+        !share.options.emplace(key, equals < part.size() ? part.substr(equals + 1) : "on").second)
+      usage_error("{}: '{}' is empty or given twice; give PATH:TAG[,readonly][,owner=UID:GID]", option, part);
+  }
+  return share;
+}
+
 bool uses_terminal(const VmConfig& config) noexcept {
   const auto console = [](const DeviceConfig& device) {
     if (device.name != "virtio-console") return false;

@@ -64,6 +64,9 @@ DeviceConfig parse_device(std::string_view option, std::string_view text);
 // FILE[,OPTION[=VALUE]...] as options of virtio-blk; an option without a value is switched on.
 DeviceConfig parse_disk(std::string_view option, std::string_view text);
 
+// PATH:TAG[,OPTION[=VALUE]...] as options of virtio-fs.
+DeviceConfig parse_share(std::string_view option, std::string_view text);
+
 // Whether a serial port or a console is on the user's terminal.
 bool uses_terminal(const VmConfig& config) noexcept;
 

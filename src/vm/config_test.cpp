@@ -22,6 +22,17 @@ TEST(ParseSize, TakesSuffixesInEitherCaseAndMebibytesWithoutOne) {
   EXPECT_EQ(parse_size("--memory", "128"), 128u << 20);
 }
 
+TEST(ParseShare, TakesTheLastColonForTheTags) {
+  const DeviceConfig share = parse_share("--share", "/a:b/c:tag,readonly,owner=7:8");
+  EXPECT_EQ(share.name, "virtio-fs");
+  EXPECT_EQ(share.options, (std::map<std::string, std::string>{
+                               {"path", "/a:b/c"}, {"tag", "tag"}, {"readonly", "on"}, {"owner", "7:8"}}));
+  for (const char* text : {"", "path", ":tag", "path:", "path:tag,tag=other", "path:tag,,readonly"}) {
+    EXPECT_THAT([&] { parse_share("--share", text); }, ThrowsMessage<UsageError>(HasSubstr("--share: ")))
+        << text;
+  }
+}
+
 TEST(ParseSize, RefusesWhatIsNoSize) {
   for (const char* text : {"", "M", "-1", "1.5G", "12X", "0x10", "1 G", "G1"}) {
     EXPECT_THAT([&] { parse_size("--memory", text); }, ThrowsMessage<UsageError>(HasSubstr("--memory: ")))

@@ -14,6 +14,7 @@
 namespace lodge {
 namespace {
 
+namespace fs = std::filesystem;
 using testing::ContainsRegex;
 
 class Virtio : public Boot {
@@ -275,6 +276,79 @@ TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {
       {"--disk", disk.path + ",snapshot"});
   EXPECT_THAT(out, HasSubstr("zeroes=0"));
   EXPECT_EQ(disk.sha256(), before);
+}
+
+// A folder with a file of random looking bytes and a tree, and something beside it that is not shared.
+class SharedFolder {
+ public:
+  SharedFolder() {
+    std::string pattern = testing::TempDir() + "lodge-shared-XXXXXX";
+    top = ::mkdtemp(pattern.data());
+    fs::create_directories(path() / "tree/deep/deeper");
+    std::ofstream(top / "secret") << "not for the guest";
+    fs::create_symlink("../secret", path() / "up");
+    fs::create_symlink(top / "secret", path() / "absolute");
+    for (int i = 0; i < 200; i++)
+      std::ofstream(path() / "tree/deep" / std::to_string(i))
+          << std::string(static_cast<size_t>(i) * 97, 'a');
+  }
+  ~SharedFolder() { fs::remove_all(top); }
+  fs::path path() const { return top / "shared"; }
+  // Of all files below `under`, with their names, as the tools of the host see them; sorted.
+  std::string sums(const std::string& under) const {
+    const auto result = testing_support::run(
+        {"/bin/sh", "-c",
+         "cd '" + (path() / under).string() + "' && find . -type f | sort | xargs sha256sum | sha256sum"},
+        Seconds(60));
+    return result.out.substr(0, 64);
+  }
+  fs::path top;
+};
+
+TEST_F(Virtio, SharedFolderIsReadAndWritten) {
+  NEEDS_GUEST("cloud");
+  const SharedFolder folder;
+  const DiskFile blob(5 << 20);
+  fs::copy_file(blob.path, folder.path() / "blob");
+  const std::string out = shell(
+      "mkdir /m; mount -t virtiofs work /m && sha256sum /m/blob; mkdir /m/new; "
+      "busybox tar -cf /tmp/t -C /m tree; busybox tar -xf /tmp/t -C /m/new && cp /m/blob /m/new/; "
+      "busybox diff -r /m/tree /m/new/tree && echo same=$((1+1)); cat /m/up /m/absolute /m/../secret; "
+      "echo guest >/m/guest; chmod 751 /m/guest; ln /m/guest /m/hard; ls /m/tree/deep | wc -l; "
+      "seq 1 100000 | md5sum >/tmp/s; seq 1 100000 >/m/seq; md5sum </m/seq | cmp - /tmp/s && echo "
+      "sum=$((2+2)); "
+      "rm -r /m/tree/deep; ls /m; df /m | tail -n 1; umount /m && echo out=$((3+3))",
+      {"--share", folder.path().string() + ":work"});
+  EXPECT_THAT(out, HasSubstr(blob.sha256() + "  /m/blob"));
+  EXPECT_THAT(out, HasSubstr("same=2"));
+  EXPECT_THAT(out, HasSubstr("sum=4"));
+  EXPECT_THAT(out, HasSubstr("out=6"));
+  EXPECT_THAT(out, ContainsRegex("\n201\r"));
+  EXPECT_THAT(out, ::testing::Not(HasSubstr("not for the guest")));
+  EXPECT_FALSE(fs::exists(folder.path() / "tree/deep"));
+  EXPECT_EQ(fs::status(folder.path() / "guest").permissions(), fs::perms(0751));
+  EXPECT_EQ(fs::hard_link_count(folder.path() / "hard"), 2u);
+  EXPECT_TRUE(fs::equivalent(folder.path() / "hard", folder.path() / "guest"));
+  const SharedFolder fresh;
+  EXPECT_EQ(folder.sums("new/tree"), fresh.sums("tree"));
+  fs::remove(folder.path() / "blob");
+  fs::rename(folder.path() / "new/blob", blob.path);
+  EXPECT_THAT(out, HasSubstr(blob.sha256()));
+}
+
+TEST_F(Virtio, ReadOnlySharedFolderStaysAsItIs) {
+  NEEDS_GUEST("cloud");
+  const SharedFolder folder;
+  const std::string before = folder.sums(".");
+  const std::string out = shell(
+      "mkdir /m; mount -t virtiofs work /m && ls /m/tree/deep | wc -l; echo x >/m/new || echo "
+      "refused=$((1+1)); "
+      "rm /m/tree/deep/7 || echo kept=$((2+2)); cat /m/tree/deep/1 | wc -c",
+      {"--share", folder.path().string() + ":work,readonly", "--device", "virtio-rng"});
+  EXPECT_THAT(out, HasSubstr("refused=2"));
+  EXPECT_THAT(out, HasSubstr("kept=4"));
+  EXPECT_THAT(out, ContainsRegex("\n97\r"));
+  EXPECT_EQ(folder.sums("."), before);
 }
 
 }  // namespace

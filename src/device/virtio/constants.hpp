@@ -25,6 +25,19 @@ inline constexpr uint16_t DESC_NEXT = 1, DESC_WRITE = 2, DESC_INDIRECT = 4, DESC
                           DESC_USED = 1 << 15;
 
 // 5 Device types
-enum class DeviceType : uint16_t { network = 1, block = 2, console = 3, entropy = 4, balloon = 5 };
+enum class DeviceType : uint16_t {
+  network = 1,
+  block = 2,
+  console = 3,
+  entropy = 4,
+  balloon = 5,
+  input = 18,
+  socket = 19,
+  file_system = 26,
+};
+// 4.1.2.1 Only the first devices have an identity that drivers older than VirtIO 1.0 know.
+constexpr bool has_legacy_interface(DeviceType type) noexcept {
+  return type <= DeviceType::balloon;
+}
 
 }  // namespace lodge::device::virtio

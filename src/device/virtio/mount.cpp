@@ -43,7 +43,8 @@ std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceO
   const bool automatic = options.text("slot") == "auto";
   const unsigned slot =
       automatic ? context.pci.free_slot() : static_cast<unsigned>(options.number("slot", 1, 0x1e));
-  return std::make_unique<MountedPci>(context, slot, std::move(device), options.flag("legacy"), served);
+  const bool transitional = has_legacy_interface(device->description().type) && options.flag("legacy");
+  return std::make_unique<MountedPci>(context, slot, std::move(device), transitional, served);
 }
 
 }  // namespace lodge::device::virtio

@@ -24,6 +24,13 @@ constexpr auto options_with_common(Own... own) {
   return all;
 }
 
+// For devices that never had a legacy interface.
+template <class... Own>
+constexpr auto options_of_modern(Own... own) {
+  std::array<OptionSchema, sizeof...(own) + 2> all{own..., common_options[0], common_options[2]};
+  return all;
+}
+
 RingFeatures ring_features(const DeviceOptions& options);
 
 // Who serves the queues: the machine's loop, or a thread of the device's own.

@@ -9,6 +9,7 @@
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
+#include "device/virtio/file_system.hpp"
 #include "device/virtio/mount.hpp"
 #include "device/virtio/network.hpp"
 
@@ -103,6 +104,30 @@ std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const 
 constexpr auto balloon_options = options_with_common(
     OptionSchema{"inflate", "", "0", "MiB that the guest is asked to do without from the start"});
 
+constexpr auto file_system_options = options_of_modern(
+    OptionSchema{"path", "", "", "the folder of the host"},
+    OptionSchema{"tag", "", "", "the name by which the guest mounts it, at most 36 characters"},
+    OptionSchema{"readonly", "", "off", "the guest cannot change anything"},
+    OptionSchema{"owner", "", "0:0",
+                 "without root: whose the files of the host's user are in the guest, UID:GID"});
+
+std::unique_ptr<MountedDevice> make_file_system(const DeviceContext& context, const DeviceOptions& options) {
+  const std::string& tag = options.text("tag");
+  if (options.text("path").empty())
+    usage_error("--device virtio-fs: the folder is missing; give path=FOLDER");
+  if (tag.empty() || tag.size() > FileSystem::max_tag)
+    usage_error("--device virtio-fs,tag={}: give a name of 1 to {} characters", tag, FileSystem::max_tag);
+  share::FuseServer::Config config;
+  config.read_only = options.flag("readonly");
+  config.owners = share::owners_of_process("--device virtio-fs,owner=", options.text("owner"));
+  config.max_handles = FileSystem::files_that_may_be_open();
+  auto folder = std::make_shared<share::Folder>(options.text("path"));
+  return mount(
+      context, options,
+      std::make_unique<FileSystem>(context.ram, std::move(folder), tag, config, ring_features(options)),
+      Served::by_itself);
+}
+
 constexpr std::array table{
     DeviceDescriptor{
         "virtio-balloon", "gives memory that the guest does not use back to the host", balloon_options,
@@ -114,6 +139,8 @@ constexpr std::array table{
     DeviceDescriptor{"virtio-blk", "a disk image (Linux: /dev/vda)", block_options, make_block},
     DeviceDescriptor{"virtio-console", "a console (Linux: hvc0) and named ports", console_options,
                      make_console},
+    DeviceDescriptor{"virtio-fs", "a folder of the host (Linux: mount -t virtiofs TAG DIRECTORY)",
+                     file_system_options, make_file_system},
     DeviceDescriptor{"virtio-net", "a network card with user-mode NAT (Linux: eth0)", network_options,
                      make_network},
     DeviceDescriptor{
