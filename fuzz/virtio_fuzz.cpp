@@ -17,6 +17,7 @@
 #include "device/virtio/file_system.hpp"
 #include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
+#include "device/virtio/vsock.hpp"
 #include "net/offload.hpp"
 
 namespace {
@@ -132,6 +133,12 @@ constexpr Make makers[] = {
     },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::Balloon>(memory);
+    },
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      static unsigned number = 0;  // a device and its twin listen at the same time
+      return std::make_unique<virtio::Vsock>(
+          memory, 3,
+          "/tmp/lodge-vsock-fuzz-" + std::to_string(::getpid()) + "-" + std::to_string(number++ % 2));
     },
     make_network,
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {

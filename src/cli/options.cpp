@@ -23,6 +23,7 @@ Examples:
   lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
   lodge run --kernel vmlinuz --initrd initramfs --net user --forward 2222:22
   lodge run --kernel vmlinuz --initrd initramfs --share /home/me/src:src,readonly
+  lodge run --kernel vmlinuz --initrd initramfs --vsock cid=3,path=/tmp/vm.sock
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image create disk.qcow2 20G
   lodge doctor
@@ -116,6 +117,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
                   "PATH:TAG[,readonly][,owner=UID:GID]; repeatable")
       ->type_name("FOLDER")
       ->allow_extra_args(false);
+  run->add_option(
+         "--vsock", raw.vsock,
+         "sockets between guest and host: [cid=N,]path=SOCKET; on the host, connect to SOCKET and write "
+         "CONNECT PORT, or listen at SOCKET_PORT")
+      ->type_name("SOCKET");
   run->add_option("--name", raw.name, "the machine's name, as ps shows it")
       ->type_name("NAME")
       ->capture_default_str();
@@ -219,6 +225,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
     config.devices.push_back({"virtio-net", {{"forward", fmt::format("{}", fmt::join(raw.forwards, "+"))}}});
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
+  if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;
   config.soft.count = command.stats;

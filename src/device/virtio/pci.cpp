@@ -85,6 +85,7 @@ PciTransport::PciTransport(std::unique_ptr<Device> device, const Wiring& wiring,
 PciTransport::~PciTransport() {
   detach();
   device_->detach_loop();
+  device_->reset();  // what still happens on threads of the device's own interrupts nobody
 }
 
 void PciTransport::add_capabilities() {

@@ -12,6 +12,7 @@
 #include "device/virtio/file_system.hpp"
 #include "device/virtio/mount.hpp"
 #include "device/virtio/network.hpp"
+#include "device/virtio/vsock.hpp"
 
 namespace lodge::device::virtio {
 
@@ -101,6 +102,22 @@ std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const 
                Served::by_itself);
 }
 
+constexpr auto vsock_options =
+    options_of_modern(OptionSchema{"cid", "guest-cid", "3", "the guest's number, 3 to 0xfffffffe"},
+                      OptionSchema{"path", "uds_path", "",
+                                   "the Unix socket for programs of the host; PATH_PORT for the guest's"});
+
+std::unique_ptr<MountedDevice> make_vsock(const DeviceContext& context, const DeviceOptions& options) {
+  const std::string& path = options.text("path");
+  if (path.empty() || path.size() > Vsock::max_path)
+    usage_error("--device virtio-vsock,path={}: give the path of a Unix socket, 1 to {} characters", path,
+                Vsock::max_path);
+  const auto cid =
+      static_cast<uint32_t>(options.number("cid", Vsock::first_guest_cid, Vsock::last_guest_cid));
+  return mount(context, options, std::make_unique<Vsock>(context.ram, cid, path, ring_features(options)),
+               Served::by_itself);
+}
+
 constexpr auto balloon_options = options_with_common(
     OptionSchema{"inflate", "", "0", "MiB that the guest is asked to do without from the start"});
 
@@ -148,6 +165,8 @@ constexpr std::array table{
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
           return mount(context, options, std::make_unique<Entropy>(context.ram, ring_features(options)));
         }},
+    DeviceDescriptor{"virtio-vsock", "sockets between guest and host (Linux: AF_VSOCK)", vsock_options,
+                     make_vsock},
 };
 
 }  // namespace
