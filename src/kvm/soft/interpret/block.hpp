@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <unordered_map>
 #include <vector>
 
 #include "kvm/soft/interpret/op.hpp"
@@ -90,18 +89,32 @@ class BlockCache {
   static constexpr size_t block_overhead = (sizeof(Block) + 64) / sizeof(Op);
   static constexpr size_t max_ops = (size_t{64} << 20) / sizeof(Op);
 
-  Block* find(uint64_t host, uint32_t key) noexcept {
-    const auto it = blocks_.find(host << 16 ^ key);
-    return it == blocks_.end() ? nullptr : it->second.get();
-  }
+  BlockCache();
+  Block* find(uint64_t host, uint32_t key) noexcept { return place_of(host << 16 ^ key).block.get(); }
   // `dropped`: pointers to other blocks, got before, are no longer valid.
   Block* insert(std::unique_ptr<Block> block, bool& dropped);
   void clear() noexcept;
   size_t ops() const noexcept { return ops_; }
-  size_t size() const noexcept { return blocks_.size(); }
+  size_t size() const noexcept { return size_; }
 
  private:
-  std::unordered_map<uint64_t, std::unique_ptr<Block>> blocks_;
+  // After a flush of the TLB everything that runs is looked up here again, mostly out of reach of the
+  // processor's caches: one line for the place and one for the block. Free places have no block.
+  struct Place {
+    uint64_t name = 0;
+    std::unique_ptr<Block> block;
+  };
+  // Where `name` is, or would be put.
+  Place& place_of(uint64_t name) noexcept {
+    size_t i = name * 0x9e37'79b9'7f4a'7c15 >> shift_;
+    while (places_[i].block != nullptr && places_[i].name != name) i = (i + 1) & (places_.size() - 1);
+    return places_[i];
+  }
+  void resize(unsigned bits);
+
+  std::vector<Place> places_;  // a power of two, at most half of them taken
+  unsigned shift_ = 0;
+  size_t size_ = 0;
   size_t ops_ = 0;
 };
 
