@@ -76,10 +76,13 @@ class Image {
 // Who executes transfers: io_uring where the kernel permits it (automatic), or threads.
 enum class Engine { automatic, uring, threads };
 
-// 0: no limit.
+// Reads, writes and write-zeroes. 0: no limit.
 struct RateLimits {
-  uint64_t operations = 0;  // reads and writes a second
+  uint64_t operations = 0;  // a second
   uint64_t bytes = 0;       // a second
+  // How much may come at once after a pause; 0: a tenth of a second's worth.
+  uint64_t operations_burst = 0;
+  uint64_t bytes_burst = 0;
 };
 
 struct OpenOptions {

@@ -3,14 +3,24 @@
 namespace lodge::block {
 namespace {
 
-constexpr std::chrono::milliseconds burst{100};
+constexpr std::chrono::milliseconds default_burst{100};
+// What one request costs, or a burst holds, at most: so that no sum leaves the clock's range.
+constexpr std::chrono::duration<double> longest{3600};
 
 }  // namespace
 
+ThrottledImage::Bucket ThrottledImage::bucket(uint64_t rate, uint64_t burst) noexcept {
+  Bucket bucket{.per_second = static_cast<double>(rate), .burst = default_burst};
+  if (rate != 0 && burst != 0)
+    bucket.burst = std::chrono::duration_cast<Clock::duration>(
+        std::min(std::chrono::duration<double>(static_cast<double>(burst) / bucket.per_second), longest));
+  return bucket;
+}
+
 ThrottledImage::ThrottledImage(std::unique_ptr<Image> image, const RateLimits& limits)
-    : image_(std::move(image)) {
-  operations_.per_second = static_cast<double>(limits.operations);
-  bytes_.per_second = static_cast<double>(limits.bytes);
+    : image_(std::move(image)),
+      operations_(bucket(limits.operations, limits.operations_burst)),
+      bytes_(bucket(limits.bytes, limits.bytes_burst)) {
   thread_ = std::thread([this] { loop(); });
 }
 
@@ -21,9 +31,9 @@ ThrottledImage::~ThrottledImage() {
 ThrottledImage::Clock::time_point ThrottledImage::charge(Bucket& bucket, double amount,
                                                          Clock::time_point now) noexcept {
   if (bucket.per_second <= 0) return now;
-  const Clock::time_point start = bucket.paid_until - burst;
-  const auto cost =
-      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(amount / bucket.per_second));
+  const Clock::time_point start = bucket.paid_until - bucket.burst;
+  const auto cost = std::chrono::duration_cast<Clock::duration>(
+      std::min(std::chrono::duration<double>(amount / bucket.per_second), longest));
   bucket.paid_until = std::max(bucket.paid_until, now) + cost;
   return start;
 }

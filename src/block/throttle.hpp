@@ -10,7 +10,7 @@
 namespace lodge::block {
 
 // Passes requests on, in order, no faster than the limits: each limit has a bucket that fills at its rate and
-// holds a burst of `burst`. Reads, writes and write-zeroes count; flush and discard do not.
+// holds a burst. Reads, writes and write-zeroes count; flush and discard do not.
 class ThrottledImage final : public Image {
  public:
   ThrottledImage(std::unique_ptr<Image> image, const RateLimits& limits);
@@ -36,11 +36,14 @@ class ThrottledImage final : public Image {
  private:
   using Clock = std::chrono::steady_clock;
   using Start = std::move_only_function<void()>;
-  // The time at which the bucket would be empty again if nothing more came: it is `burst` behind when full.
+  // The time until which the rate is used up, were there no bursts: it is `burst` behind when the bucket is
+  // full.
   struct Bucket {
     double per_second = 0;  // 0: no limit
+    Clock::duration burst{};
     Clock::time_point paid_until{};
   };
+  static Bucket bucket(uint64_t rate, uint64_t burst) noexcept;
 
   void admit(uint64_t bytes, Start start) noexcept;
   Clock::time_point charge(Bucket& bucket, double amount, Clock::time_point now) noexcept;

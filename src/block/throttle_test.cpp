@@ -47,6 +47,13 @@ TEST_F(Throttle, HoldsBytesToTheirRate) {
   EXPECT_GE(seconds_for({.operations = 0, .bytes = 1 << 20}, 5, 65536), 0.14);
 }
 
+TEST_F(Throttle, ABurstPassesAtOnce) {
+  // What begins within the burst comes at once (51 and 5), the other 9 take 0.45 s, the sixth 1 s.
+  EXPECT_GE(seconds_for({.operations = 20, .bytes = 0, .operations_burst = 50}, 60, 512), 0.4);
+  EXPECT_LT(seconds_for({.operations = 1, .bytes = 0, .operations_burst = 60}, 60, 512), 30);
+  EXPECT_GE(seconds_for({.operations = 0, .bytes = 65536, .bytes_burst = 262144}, 6, 65536), 0.9);
+}
+
 TEST_F(Throttle, WithoutLimitsNothingWaits) {
   EXPECT_LT(seconds_for({}, 1000, 512), 2.0);
 }

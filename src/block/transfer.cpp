@@ -19,9 +19,11 @@ namespace lodge::block {
 namespace {
 
 // A larger write is worth another processor. A write that took 0.5 ms has waited for the disk (a page takes 1
-// us), and those after it would too: for a while they wait on other threads.
+// us), and those after it would too: for a while they wait on other threads. A kernel that makes writers
+// pause does so for 10 to 200 ms (a thread that another has pushed aside is back before that); as the thread
+// here may be a vCPU's, it tries again only when that cost it one part in fifty.
 constexpr uint64_t at_once_bytes = 64 << 10;
-constexpr int64_t slow_write = 500'000, slow_period = 20'000'000;
+constexpr int64_t slow_write = 500'000, slow_period = 20'000'000, pause = 10'000'000, pause_share = 50;
 
 int64_t steady_nanoseconds() noexcept {
   return std::chrono::steady_clock::now().time_since_epoch().count();
@@ -181,7 +183,8 @@ bool TransferEngine::complete_at_once(Transfer& t) noexcept {
   if (begin < slow_until_.load(std::memory_order_relaxed)) return false;
   const int error = execute(t);
   const int64_t end = steady_nanoseconds();
-  if (end - begin > slow_write) slow_until_.store(end + slow_period, std::memory_order_relaxed);
+  if (const int64_t took = end - begin; took > slow_write)
+    slow_until_.store(end + (took < pause ? slow_period : took * pause_share), std::memory_order_relaxed);
   t.done(error);
   return true;
 }

@@ -104,7 +104,9 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
       ->allow_extra_args(false);
   run->add_option(
          "--disk", raw.disks,
-         "a disk: FILE[,readonly][,snapshot][,format=raw|qcow2][,serial=TEXT][,queues=N]; repeatable")
+         "a disk: "
+         "FILE[,readonly][,snapshot][,format=raw|qcow2][,serial=TEXT][,queues=N][,iops=N][,bps=SIZE]; "
+         "repeatable")
       ->type_name("DISK")
       ->allow_extra_args(false);
   run->add_option(

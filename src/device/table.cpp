@@ -154,6 +154,19 @@ uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t
   return number;
 }
 
+uint64_t DeviceOptions::amount(std::string_view name) const {
+  const std::string& value = text(name);
+  uint64_t number = 0;
+  const char* const last = value.data() + value.size();
+  auto [end, error] = std::from_chars(value.data(), last, number);
+  const auto unit =
+      end == last ? std::string_view::npos : std::string_view("KMGT").find(static_cast<char>(*end & ~0x20));
+  const unsigned shift = unit == std::string_view::npos ? 0 : 10 * (static_cast<unsigned>(unit) + 1);
+  if (error != std::errc{} || end + (shift != 0) != last || number > UINT64_MAX >> shift)
+    usage_error("--device {},{}={}: give a number, with K, M, G or T if you like", device_, name, value);
+  return number << shift;
+}
+
 bool DeviceOptions::flag(std::string_view name) const {
   const std::string& value = text(name);
   if (value != "on" && value != "off") usage_error("--device {},{}={}: give on or off", device_, name, value);

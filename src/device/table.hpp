@@ -14,6 +14,7 @@
 #include "base/state.hpp"
 #include "block/image.hpp"
 #include "device/character.hpp"
+#include "device/disk.hpp"
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
 #include "machine/memory.hpp"
@@ -57,6 +58,7 @@ class MountedDevice {
  public:
   virtual ~MountedDevice() = default;
   virtual Savable* savable() noexcept { return nullptr; }  // null: it has no state
+  virtual Disk* disk() noexcept { return nullptr; }        // null: it is none
 };
 
 struct OptionSchema {
@@ -75,6 +77,8 @@ class DeviceOptions {
   const std::string& text(std::string_view name) const;
   // Decimal or 0x hexadecimal. Throws UsageError naming device, option, value and the range.
   uint64_t number(std::string_view name, uint64_t minimum, uint64_t maximum) const;
+  // Decimal with an optional K, M, G or T (powers of 1024). Throws UsageError.
+  uint64_t amount(std::string_view name) const;
   // "on" or "off". Throws UsageError.
   bool flag(std::string_view name) const;
 

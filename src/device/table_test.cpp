@@ -102,6 +102,15 @@ TEST_F(TableTest, ABadNumberNamesOptionValueAndRange) {
         << bad;
 }
 
+TEST_F(TableTest, ALimitIsAnAmountAndABurstNeedsOne) {
+  for (const char* bad : {"", "x", "5X", "1KB", "-1", "18446744073709551615K"})
+    EXPECT_THAT(error_of("virtio-blk", {{"file", "f"}, {"bps", bad}}), HasSubstr("bps=")) << bad;
+  EXPECT_THAT(error_of("virtio-blk", {{"file", "f"}, {"iops-burst", "5"}}), HasSubstr("iops="));
+  const auto [row, options] = check_device("virtio-blk", {{"bps", "3m"}, {"iops", "1000"}});
+  EXPECT_EQ(options.amount("bps"), 3u << 20);
+  EXPECT_EQ(options.amount("iops"), 1000u);
+}
+
 TEST_F(TableTest, TwoDevicesOnOnePortAreRefusedByName) {
   auto device = create_device(context, "debugcon", {});
   EXPECT_THAT(error_of("isa-debug-exit", {{"port", "0xe8"}}),

@@ -46,6 +46,8 @@ class FakePlatform : public machine::MsiTarget, public machine::Doorbells {
       return known.address == doorbell.address && known.match == doorbell.match && known.fd == doorbell.fd;
     });
   }
+  bool windows_are_cheaper() const noexcept override { return cheap_windows; }
+  bool cheap_windows = false;
   std::mutex mutex;
   std::vector<std::pair<uint64_t, uint32_t>> messages;
   std::vector<machine::Doorbell> doorbells;

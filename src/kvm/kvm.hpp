@@ -126,6 +126,9 @@ class Vm {
 
   virtual int check_extension(uint32_t capability) const noexcept = 0;
   virtual void enable_cap(const kvm_enable_cap& cap) = 0;
+  // Whether an exit of run() costs about as much as a function call: then what a guest asks for by a write is
+  // better done on the vCPU's own thread, while an ioeventfd has to wake another one.
+  virtual bool cheap_exits() const noexcept { return false; }
 
   // Creates, moves, re-flags or (memory_size 0) removes a memory slot; also while vCPUs run: when the call
   // returns no vCPU uses the old slot any more. The caller owns the memory and keeps it mapped while the slot

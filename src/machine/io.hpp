@@ -50,6 +50,9 @@ class Doorbells {
   virtual bool add(const Doorbell& doorbell) noexcept = 0;
   // What add() was given. No signal follows when it returns.
   virtual void remove(const Doorbell& doorbell) noexcept = 0;
+  // Whether a write that reaches its register window, on the vCPU's thread, costs less than the wake-up of
+  // another thread: a device that can do its work there does without a doorbell.
+  virtual bool windows_are_cheaper() const noexcept { return false; }
 };
 
 // What a chip may ask of the machine as a whole. Any thread; takes effect soon after, not inside the call.

@@ -212,6 +212,16 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   }
 }
 
+device::Disk* Machine::disk(std::string_view name) noexcept {
+  unsigned nameless = 0;
+  for (const auto& mounted : optional_) {
+    device::Disk* disk = mounted->disk();
+    if (!disk) continue;
+    if (name == (disk->name().empty() ? fmt::format("disk{}", nameless++) : disk->name())) return disk;
+  }
+  return nullptr;
+}
+
 // The tables in which a guest reads what the machine is made of.
 void Machine::describe(const VmConfig& config) {
   machine::acpi::Config acpi;

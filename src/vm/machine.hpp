@@ -53,6 +53,8 @@ class Machine {
   const std::string& protocol() const noexcept { return protocol_; }
   // False when the guest has no driver that would see it.
   bool press_power_button() noexcept { return pm_->press_power_button(); }
+  // By its id, or "disk0" for the first one without and so on; null: there is none of that name.
+  device::Disk* disk(std::string_view name) noexcept;
 
  private:
   void create_irqchip();

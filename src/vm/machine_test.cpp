@@ -9,12 +9,14 @@
 #include <atomic>
 #include <barrier>
 #include <cstdio>
+#include <filesystem>
 #include <random>
 #include <thread>
 
 #include "kvm/soft/soft.hpp"
 #include "machine/boot/test_kernels.hpp"
 #include "machine/layout.hpp"
+#include "vm/virtual_machine.hpp"
 
 namespace lodge::vm {
 namespace {
@@ -64,6 +66,7 @@ TEST(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
   constexpr uint64_t kernel_at = 1 << 20;
   const kernels::TemporaryFile kernel(
       kernels::elf64({.paddr = kernel_at, .vaddr = kernel_at, .entry = kernel_at}));
+  const kernels::TemporaryFile disk(std::vector<uint8_t>(1 << 20));
   VmConfig config{.kernel = kernel.path, .cpus = 2, .memory = 16 << 20, .cpu = "host"};
   config.serial.assign(4, {SerialConfig::Kind::null, {}});
   config.devices = {{"debugcon", {{"output", "null"}}},
@@ -73,6 +76,7 @@ TEST(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
                     {"virtio-rng", {}},
                     {"virtio-balloon", {}},
                     {"virtio-net", {}},
+                    {"virtio-blk", {{"file", disk.path}}},
                     {"virtio-console", {{"console", "null"}}}};
 
   const auto system = kvm::soft::open();
@@ -113,6 +117,27 @@ TEST(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
   // The chips still work: the scratch register of a serial port keeps what is written.
   machine.ports().write(machine::layout::serial_ports[0] + 7, 1, 0x5a);
   EXPECT_EQ(machine.ports().read(machine::layout::serial_ports[0] + 7, 1), 0x5au);
+}
+
+TEST(MachineDisks, AreFoundByNameAndGrow) {
+  constexpr uint64_t kernel_at = 1 << 20, size = 1 << 20;
+  const kernels::TemporaryFile kernel(
+      kernels::elf64({.paddr = kernel_at, .vaddr = kernel_at, .entry = kernel_at}));
+  const std::vector<uint8_t> empty(size);
+  const kernels::TemporaryFile first(empty), second(empty), third(empty);
+  VmConfig config{.kernel = kernel.path, .memory = 16 << 20, .cpu = "host"};
+  config.serial.assign(1, {SerialConfig::Kind::null, {}});
+  config.devices = {{"virtio-blk", {{"file", first.path}}},
+                    {"virtio-rng", {}},
+                    {"virtio-blk", {{"file", second.path}, {"id", "data"}, {"readonly", "on"}}},
+                    {"virtio-blk", {{"file", third.path}}}};
+  VirtualMachine machine(config, kvm::soft::open(), std::make_unique<Backends>(config.serial, nullptr));
+  EXPECT_EQ(machine.resize_disk("disk1", 2 * size), 0);
+  EXPECT_EQ(std::filesystem::file_size(third.path), 2 * size);
+  EXPECT_EQ(std::filesystem::file_size(first.path), size);
+  EXPECT_EQ(machine.resize_disk("disk0", size / 2), EINVAL);
+  EXPECT_EQ(machine.resize_disk("data", 2 * size), EROFS);
+  EXPECT_EQ(machine.resize_disk("disk2", 2 * size), ENODEV);
 }
 
 }  // namespace

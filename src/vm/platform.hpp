@@ -13,6 +13,7 @@ class Platform final : public machine::MsiTarget, public machine::Doorbells {
   void signal(uint64_t address, uint32_t data) noexcept override;
   bool add(const machine::Doorbell& doorbell) noexcept override;
   void remove(const machine::Doorbell& doorbell) noexcept override;
+  bool windows_are_cheaper() const noexcept override { return vm_.cheap_exits(); }
 
  private:
   kvm::Vm& vm_;

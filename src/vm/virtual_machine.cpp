@@ -164,6 +164,12 @@ void VirtualMachine::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
   backends_->resize_terminal(columns, rows);
 }
 
+int VirtualMachine::resize_disk(std::string_view name, uint64_t bytes) noexcept {
+  std::lock_guard lock(machine_mutex_);
+  device::Disk* disk = machine_ ? machine_->disk(name) : nullptr;
+  return disk ? disk->resize(bytes) : ENODEV;
+}
+
 // False when the machine is to stop.
 bool VirtualMachine::wait_while_paused() noexcept {
   std::unique_lock lock(mutex_);

@@ -51,6 +51,9 @@ class VirtualMachine final : public machine::Power {
   void resume() noexcept;
   // The user's terminal has this size now.
   void resize_terminal(uint16_t columns, uint16_t rows) noexcept;
+  // Makes a disk larger while the guest uses it (Machine::disk() names it). Returns 0 or a positive errno:
+  // ENODEV (no such disk) and those of device::Disk::resize(). Blocks meanwhile.
+  int resize_disk(std::string_view name, uint64_t bytes) noexcept;
 
   // How the kernel was entered, for logs.
   const std::string& protocol() const noexcept { return machine_->protocol(); }

@@ -2,6 +2,7 @@
 #include <arpa/inet.h>
 #include <fmt/format.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -128,6 +129,34 @@ TEST_F(Virtio, DiskIsReadAndWritten) {
   EXPECT_NE(before, after);
   EXPECT_THAT(out, HasSubstr(after + "  /dev/vda"));
   EXPECT_THAT(out, ContainsRegex("0 +1"));
+}
+
+// Bytes that the host's file system holds for a file.
+uint64_t held_for(const std::string& path) {
+  struct stat status {};
+  return ::stat(path.c_str(), &status) == 0 ? static_cast<uint64_t>(status.st_blocks) * 512 : UINT64_MAX;
+}
+
+TEST_F(Virtio, DiscardedSpaceGoesBackToTheHost) {
+  NEEDS_GUEST("cloud");
+  constexpr uint64_t MiB = 1 << 20;
+  const DiskFile disk(16 * MiB);
+  const std::string qcow2 = disk.path + ".qcow2";
+  ASSERT_EQ(testing_support::run({LODGE_BINARY, "image", "convert", disk.path, qcow2}, Seconds(60)).status,
+            0);
+  ASSERT_GE(held_for(disk.path), 16 * MiB);
+  ASSERT_GE(held_for(qcow2), 16 * MiB);
+  const std::string out = shell(
+      "for d in vda vdb; do busybox blkdiscard -o 4194304 -l 8388608 /dev/$d; "
+      "echo $d left=$(dd if=/dev/$d bs=1M skip=4 count=8 | tr -d '\\000' | wc -c) rest=$(dd if=/dev/$d bs=1M "
+      "skip=12 | wc -c); done; sync",
+      {"--disk", disk.path + ",bps=1G,iops=100000", "--disk", qcow2});
+  EXPECT_THAT(out, HasSubstr("vda left=0 rest=4194304"));
+  EXPECT_THAT(out, HasSubstr("vdb left=0 rest=4194304"));
+  EXPECT_LE(held_for(disk.path), 8 * MiB + MiB / 4);
+  EXPECT_LE(held_for(qcow2), 8 * MiB + MiB);  // and its tables
+  EXPECT_EQ(testing_support::run({LODGE_BINARY, "image", "check", qcow2}, Seconds(60)).status, 0);
+  std::filesystem::remove(qcow2);
 }
 
 // The least of an HTTP server: any request gets one file. On 127.0.0.1, a thread a test.

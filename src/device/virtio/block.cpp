@@ -75,7 +75,8 @@ Block::Block(machine::GuestMemory& memory, std::shared_ptr<block::Image> image, 
               .type = DeviceType::block,
               .pci_class = pci_class_storage,
               .features = features_of(*image, config.queues),
-              .queue_sizes = std::vector<uint16_t>(config.queues, queue_size)},
+              .queue_sizes = std::vector<uint16_t>(config.queues, queue_size),
+              .quick = true},
              memory, rings),
       image_(std::move(image)),
       config_(std::move(config)) {}
@@ -87,42 +88,88 @@ Block::~Block() {
 
 // --- Requests out of the queues
 
-void Block::process(unsigned index) noexcept {
-  giving_ = std::this_thread::get_id();
-  image_->plug();
-  drain(index, chain_, [&](const Chain& chain) {
-    take(index, chain);
-    return true;
-  });
-  image_->unplug();
-  giving_ = std::thread::id();
-  notify(index);  // what has completed on the way
-}
-
-void Block::take(unsigned index, const Chain& chain) noexcept {
-  Header header{};
-  if (chain.writable_size() == 0) {  // nowhere to put a status
-    queue(index).push(chain, 0);
-    return;
+// The lock is held to take requests and to give them back, not while the image works on them, which may be
+// all of the work: what the page cache has is copied right here.
+void Block::serve(unsigned index, std::unique_lock<std::mutex>& lock) noexcept {
+  servants_[index]++;
+  unsigned taken = 0;
+  while (serving(index)) {
+    if (taken >= requests_a_turn) {
+      kick_later(index);
+      break;
+    }
+    queue(index).want_kicks(false);
+    const Batch batch = take(index);
+    taken += batch.taken;
+    if (batch.size != 0) {
+      lock.unlock();
+      issue(batch);
+      lock.lock();
+      notify(index);
+    } else if (batch.broken) {
+      needs_reset("a descriptor chain that breaks the rules");
+    } else if (batch.taken == 0) {
+      queue(index).want_kicks(true);
+      if (!queue(index).has_available()) break;
+    }
   }
-  const auto request = std::make_shared<Request>(Request{index, chain, chain.writable_size() - 1});
-  out_++, out_of_[index]++;
-  uint8_t status = IOERR;
-  if (chain.read(0, {reinterpret_cast<uint8_t*>(&header), sizeof header}) == sizeof header)
-    status = begin(request, header.type, header.sector);
-  if (status != under_way) complete(*request, status);
+  servants_[index]--;
+  notify(index);
 }
 
-// With the lock held; a status, or under_way when the image has it.
-uint8_t Block::begin(const Pointer& request, uint32_t type, uint64_t sector) noexcept {
-  switch (type) {
-    case IN: return transfer(request, false, sector);
-    case OUT: return transfer(request, true, sector);
+Block::Batch Block::take(unsigned index) noexcept {
+  Batch batch;
+  while (batch.taken < batch_size) {
+    Request& request = idle_request();
+    const Pop result = queue(index).pop(request.chain);
+    batch.broken = result == Pop::broken;
+    if (result != Pop::chain) break;
+    batch.taken++;
+    if (request.chain.writable_size() == 0) {  // nowhere to put a status
+      queue(index).push(request.chain, 0);
+      continue;
+    }
+    idle_.pop_back();
+    request.queue = index;
+    request.status_at = request.chain.writable_size() - 1;
+    request.error = 0;
+    out_++, out_of_[index]++;
+    batch.requests[batch.size++] = &request;
+  }
+  return batch;
+}
+
+// The last of the idle ones, which it stays until it is taken off the list.
+Block::Request& Block::idle_request() noexcept {
+  if (idle_.empty()) idle_.push_back(&requests_.emplace_back());
+  return *idle_.back();
+}
+
+void Block::issue(const Batch& batch) noexcept {
+  image_->plug();
+  for (unsigned i = 0; i < batch.size; i++) {
+    Request& request = *batch.requests[i];
+    const uint8_t status = begin(request);
+    if (status == under_way) continue;
+    const std::lock_guard lock(mutex_);
+    complete(request, status);
+  }
+  image_->unplug();
+}
+
+// A status, or under_way when the image has it.
+uint8_t Block::begin(Request& request) noexcept {
+  Header header{};
+  if (request.chain.read(0, {reinterpret_cast<uint8_t*>(&header), sizeof header}) != sizeof header)
+    return IOERR;
+  switch (header.type) {
+    case IN: return transfer(request, false, header.sector);
+    case OUT: return transfer(request, true, header.sector);
     case FLUSH:
-      request->parts = 1;
+      request.parts = 1;
       image_->flush(part(request));
       return under_way;
-    case GET_ID: return identify(*request);
+    case GET_ID: return identify(request);
     case DISCARD: return change_ranges(request, false);
     case WRITE_ZEROES: return change_ranges(request, true);
     default: return UNSUPP;
@@ -134,38 +181,39 @@ bool Block::inside(uint64_t sector, uint64_t bytes) const noexcept {
   return sector <= size / sector_size && bytes <= size - sector * sector_size;
 }
 
-uint8_t Block::transfer(const Pointer& request, bool write, uint64_t sector) noexcept {
-  const Chain& chain = request->chain;
-  const uint64_t bytes = write ? chain.readable_size() - sizeof(Header) : request->status_at;
+uint8_t Block::transfer(Request& request, bool write, uint64_t sector) noexcept {
+  const Chain& chain = request.chain;
+  const uint64_t bytes = write ? chain.readable_size() - sizeof(Header) : request.status_at;
   if (bytes % sector_size != 0 || !inside(sector, bytes)) return IOERR;
   if (write && image_->read_only()) return IOERR;  // 5.2.6.2
-  std::vector<Segment> pieces;
+  request.pieces.clear();
   if (write)
-    chain.cut_readable(sizeof(Header), bytes, pieces);
+    chain.cut_readable(sizeof(Header), bytes, request.pieces);
   else
-    chain.cut_writable(0, bytes, pieces);
-  std::vector<iovec> buffers;
-  for (const Segment& piece : pieces) buffers.push_back({piece.bytes.data(), piece.bytes.size()});
-  request->parts = 1;
+    chain.cut_writable(0, bytes, request.pieces);
+  request.buffers.clear();
+  for (const Segment& piece : request.pieces)
+    request.buffers.push_back({piece.bytes.data(), piece.bytes.size()});
+  request.parts = 1;
   if (write)
-    image_->write(buffers, sector * sector_size, part(request));
+    image_->write(request.buffers, sector * sector_size, part(request));
   else
-    image_->read(buffers, sector * sector_size, part(request));
+    image_->read(request.buffers, sector * sector_size, part(request));
   return under_way;
 }
 
 // All ranges are checked, in a copy, before the first is changed.
-uint8_t Block::change_ranges(const Pointer& request, bool zero) noexcept {
-  const uint64_t bytes = request->chain.readable_size() - sizeof(Header);
+uint8_t Block::change_ranges(Request& request, bool zero) noexcept {
+  const uint64_t bytes = request.chain.readable_size() - sizeof(Header);
   std::array<Range, max_ranges> ranges{};
   if (bytes == 0 || bytes % sizeof(Range) != 0 || bytes > sizeof ranges || image_->read_only()) return IOERR;
-  request->chain.read(sizeof(Header), {reinterpret_cast<uint8_t*>(ranges.data()), bytes});
+  request.chain.read(sizeof(Header), {reinterpret_cast<uint8_t*>(ranges.data()), bytes});
   const auto used = std::span(ranges).first(bytes / sizeof(Range));
   for (const Range& range : used) {
     if (range.flags & ~RANGE_UNMAP || (!zero && range.flags != 0)) return UNSUPP;  // 5.2.6.2
     if (range.sectors > max_range_sectors || !inside(range.sector, range.sectors * sector_size)) return IOERR;
   }
-  request->parts = static_cast<unsigned>(used.size());
+  request.parts = static_cast<unsigned>(used.size());
   for (const Range& range : used) {
     const uint64_t offset = range.sector * sector_size, length = range.sectors * sector_size;
     if (zero)
@@ -187,23 +235,22 @@ uint8_t Block::identify(const Request& request) noexcept {
 
 // --- Completions
 
-block::Completion Block::part(const Pointer& request) noexcept {
-  return [this, request](int error) { part_done(request, error); };
+block::Completion Block::part(Request& request) noexcept {
+  return [this, &request](int error) { part_done(request, error); };
 }
 
-void Block::part_done(const Pointer& request, int error) noexcept {
-  std::unique_lock lock(mutex_, std::defer_lock);
-  const bool inside_request = giving_.load() == std::this_thread::get_id();
-  if (!inside_request) lock.lock();
-  if (error != 0) request->error = error;
-  if (--request->parts != 0) return;
-  complete(*request, request->error == 0 ? OK : request->error == EOPNOTSUPP ? UNSUPP : IOERR);
-  if (!inside_request) notify(request->queue);
+void Block::part_done(Request& request, int error) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (error != 0) request.error = error;
+  if (--request.parts != 0) return;
+  complete(request, request.error == 0 ? OK : request.error == EOPNOTSUPP ? UNSUPP : IOERR);
 }
 
-void Block::complete(const Request& request, uint8_t status) noexcept {
+void Block::complete(Request& request, uint8_t status) noexcept {
   request.chain.write(request.status_at, {&status, 1});
   queue(request.queue).push(request.chain, static_cast<uint32_t>(request.status_at + 1));
+  if (servants_[request.queue] == 0) notify(request.queue);
+  idle_.push_back(&request);
   out_--, out_of_[request.queue]--;
   came_back_.notify_all();
 }
@@ -213,6 +260,13 @@ void Block::quiesce(std::unique_lock<std::mutex>& lock, int index) noexcept {
 }
 
 // --- Configuration and state
+
+int Block::resize(uint64_t bytes) noexcept {
+  if (bytes < size() || bytes % sector_size != 0) return EINVAL;
+  const int error = block::resize(*image_, bytes);
+  if (error == 0) resized();
+  return error;
+}
 
 void Block::resized() noexcept {
   const std::lock_guard lock(mutex_);

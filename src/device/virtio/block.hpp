@@ -2,25 +2,26 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "block/image.hpp"
+#include "device/disk.hpp"
 #include "device/virtio/device.hpp"
 
 namespace lodge::device::virtio {
 
-// Requests go to the image as they come out of the queues and complete on the image's threads, in any order.
-// A completion takes the device's lock, unless it is called within the request itself.
-class Block final : public Device {
+// Requests go to the image as they come out of the queues, on the thread that was kicked, and complete on the
+// image's threads or within the call, in any order. The device's lock is not held meanwhile.
+class Block final : public Device, public Disk {
  public:
   struct Config {
     std::string serial;  // at most max_serial bytes; what the guest shows as the disk's serial number
     unsigned queues = 1;
+    std::string name = {};  // for its owner
   };
   static constexpr unsigned max_queues = 16;
   static constexpr size_t max_serial = 20;
@@ -31,46 +32,63 @@ class Block final : public Device {
   // Waits for the requests that are out.
   ~Block() override;
 
+  const std::string& name() const noexcept override { return config_.name; }
+  uint64_t size() const noexcept override { return image_->size(); }
+  int resize(uint64_t bytes) noexcept override;
+
   // Tells the driver the image's present size.
   void resized() noexcept;
 
  private:
-  // A request on its way through the image.
+  // A request on its way through the image. Its thread owns it until the image has it, then the lock.
   struct Request {
-    unsigned queue;
+    unsigned queue = 0;
     Chain chain;
-    uint64_t status_at;  // the last byte of the writable part
-    unsigned parts = 0;  // requests of the image that have not completed
+    uint64_t status_at = 0;  // the last byte of the writable part
+    unsigned parts = 0;      // requests of the image that have not completed
     int error = 0;
+    std::vector<Segment> pieces;  // of transfer(), kept for their allocations
+    std::vector<iovec> buffers;
   };
-  using Pointer = std::shared_ptr<Request>;
+  // What is taken out of a queue before any of it is given to the image.
+  static constexpr unsigned batch_size = 32;
+  struct Batch {
+    std::array<Request*, batch_size> requests;
+    unsigned size = 0;   // of them
+    unsigned taken = 0;  // chains, also those that came back at once
+    bool broken = false;
+  };
 
-  void process(unsigned queue) noexcept override;
+  void serve(unsigned queue, std::unique_lock<std::mutex>& lock) noexcept override;
   unsigned config_size() const noexcept override;
   void config_bytes(std::span<uint8_t> out) const noexcept override;
   void quiesce(std::unique_lock<std::mutex>& lock, int queue) noexcept override;
   void save_device(nlohmann::json& json) const override;
   void load_device(const nlohmann::json& json) override;
 
-  void take(unsigned queue, const Chain& chain) noexcept;
-  uint8_t begin(const Pointer& request, uint32_t type, uint64_t sector) noexcept;
-  uint8_t transfer(const Pointer& request, bool write, uint64_t sector) noexcept;
-  uint8_t change_ranges(const Pointer& request, bool zero) noexcept;
+  // With the lock held.
+  Batch take(unsigned queue) noexcept;
+  Request& idle_request() noexcept;
+  void complete(Request& request, uint8_t status) noexcept;
+  // Without it.
+  void issue(const Batch& batch) noexcept;
+  uint8_t begin(Request& request) noexcept;
+  uint8_t transfer(Request& request, bool write, uint64_t sector) noexcept;
+  uint8_t change_ranges(Request& request, bool zero) noexcept;
   uint8_t identify(const Request& request) noexcept;
   bool inside(uint64_t sector, uint64_t bytes) const noexcept;
-  block::Completion part(const Pointer& request) noexcept;
-  void part_done(const Pointer& request, int error) noexcept;
-  void complete(const Request& request, uint8_t status) noexcept;
+  block::Completion part(Request& request) noexcept;
+  void part_done(Request& request, int error) noexcept;
 
   std::shared_ptr<block::Image> image_;
   Config config_;
+  std::deque<Request> requests_;  // as many as were ever out at a time
+  std::vector<Request*> idle_;    // those that are not
   unsigned out_ = 0;
   std::array<unsigned, max_queues> out_of_{};  // requests that the image has, by queue
+  std::array<unsigned, max_queues>
+      servants_{};  // threads in serve(): they interrupt for what completes meanwhile
   std::condition_variable came_back_;
-  // The thread that is giving requests to the image, with the lock held: completions on it must not take it
-  // again.
-  std::atomic<std::thread::id> giving_;
-  Chain chain_;
 };
 
 }  // namespace lodge::device::virtio

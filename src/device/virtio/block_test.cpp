@@ -18,10 +18,11 @@ using testing::FakeDriver;
 using testing::Rings;
 
 // A disk in memory that completes at once, or when the test lets it.
-class Disk final : public block::Image {
+class MemoryDisk final : public block::Image {
  public:
-  explicit Disk(size_t size) : bytes(size) {}
+  explicit MemoryDisk(size_t size) : bytes(size) {}
   void read(std::span<const iovec> buffers, uint64_t offset, block::Completion done) noexcept override {
+    if (before) before(offset);
     for (const auto& buffer : buffers) {
       std::memcpy(buffer.iov_base, bytes.data() + offset, buffer.iov_len);
       offset += buffer.iov_len;
@@ -65,6 +66,7 @@ class Disk final : public block::Image {
   unsigned flushes = 0;
   std::vector<std::pair<uint64_t, uint64_t>> discarded;
   std::deque<block::Completion> held;
+  std::function<void(uint64_t offset)> before;  // within a read
 
  private:
   void end(block::Completion done) {
@@ -109,7 +111,7 @@ class BlockTest : public ::testing::TestWithParam<Rings> {
   }
 
   machine::GuestMemory memory{16 * machine::layout::MiB};
-  std::shared_ptr<Disk> disk = std::make_shared<Disk>(64 * 512);
+  std::shared_ptr<MemoryDisk> disk = std::make_shared<MemoryDisk>(64 * 512);
   Block block{memory, disk, {"0123456789", 2}};
   FakeDriver driver{block, memory};
 };
@@ -224,7 +226,7 @@ TEST_P(BlockTest, AResetInMidRequestWaitsForTheDisk) {
 }
 
 TEST_P(BlockTest, AReadOnlyDiskIsNotWritten) {
-  auto fixed = std::make_shared<Disk>(64 * 512);
+  auto fixed = std::make_shared<MemoryDisk>(64 * 512);
   fixed->fixed = true;
   Block device(memory, fixed, {"", 1});
   EXPECT_TRUE(device.features(false) & feature(5));
@@ -239,6 +241,42 @@ TEST_P(BlockTest, AReadOnlyDiskIsNotWritten) {
   other.submit(0, {{other.put_struct(header), 16, false}, {data, 512, false}, {status, 1, true}});
   EXPECT_EQ(other.get(status, 1)[0], IOERR);
   EXPECT_EQ(fixed->bytes[0], 0);
+}
+
+TEST_P(BlockTest, ADiskGrowsInUseAndDoesNotShrink) {
+  Disk& owner = block;
+  EXPECT_EQ(owner.size(), 64u * 512);
+  EXPECT_EQ(owner.resize(32 * 512), EINVAL);
+  EXPECT_EQ(owner.resize(64 * 512 + 1), EINVAL);
+  EXPECT_EQ(driver.transport.config_interrupts, 0u);
+  const uint64_t at = driver.allocate(512);
+  EXPECT_EQ(request(IN, 99, {{at, 512, true}}), IOERR);
+  EXPECT_EQ(owner.resize(100 * 512), 0);
+  EXPECT_EQ(driver.transport.config_interrupts, 1u);
+  EXPECT_EQ(request(IN, 99, {{at, 512, true}}), OK);
+}
+
+// The lock is not held while the image works: other queues go on, and a completion on the thread that submits
+// needs no care.
+TEST_P(BlockTest, ASlowRequestHoldsUpNobody) {
+  const uint64_t at = driver.allocate(4096);
+  std::atomic<bool> entered = false, go_on = false;
+  disk->before = [&](uint64_t offset) {
+    if (offset != 512) return;
+    entered = true;
+    while (!go_on) std::this_thread::yield();
+  };
+  Out slow{};
+  std::thread vcpu([&] { slow = submit(IN, 1, {{at, 512, true}}); });
+  while (!entered) std::this_thread::yield();
+  block.kick(1);  // another thread comes and goes
+  block.kick(0);
+  std::array<uint8_t, 8> config{};
+  block.read_config(0, config);
+  go_on = true;
+  vcpu.join();
+  EXPECT_EQ(result(slow), OK);
+  EXPECT_EQ(driver.get(at, 1)[0], 1);
 }
 
 TEST_P(BlockTest, ConfigurationAndState) {
@@ -264,7 +302,7 @@ TEST_P(BlockTest, ConfigurationAndState) {
 TEST(HostileDriver, NothingItDoesHurtsTheDisk) {
   for (unsigned seed = 0; seed < 100; seed++) {
     machine::GuestMemory memory(2 * machine::layout::MiB);
-    auto disk = std::make_shared<Disk>(64 * 512);
+    auto disk = std::make_shared<MemoryDisk>(64 * 512);
     Block block(memory, disk, {"", 2});
     FakeDriver driver(block, memory);
     std::mt19937 random(seed);

@@ -226,8 +226,8 @@ void Device::attach_loop(EventLoop& loop) {
 }
 
 void Device::kick(unsigned index) noexcept {
-  const std::lock_guard lock(mutex_);
-  if (running() && queues_[index].enabled && queues_[index].queue.active()) process(index);
+  std::unique_lock lock(mutex_);
+  if (serving(index)) serve(index, lock);
 }
 
 void Device::notify(unsigned index) noexcept {

@@ -42,6 +42,9 @@ class Device : public Savable {
     uint32_t pci_class;                 // class << 16 | subclass << 8 | programming interface
     uint64_t features;                  // of the type; those of rings and transport are added
     std::vector<uint16_t> queue_sizes;  // the largest that a driver may choose, a power of two
+    // kick() takes little time and waits for nobody, so that a vCPU may do it itself where that is cheaper
+    // than a doorbell.
+    bool quick = false;
   };
   Device(Description description, machine::GuestMemory& memory, const RingFeatures& rings = {});
   Device(const Device&) = delete;
@@ -85,8 +88,15 @@ class Device : public Savable {
   // Serves kicks of those descriptors on `loop`, which outlives the device's watches (detach_loop()).
   void attach_loop(EventLoop& loop);
   void detach_loop() noexcept { watches_.clear(); }
-  // What a kick does, at once. (Transports signal kick_fd() instead; tests call this.)
+  // What a kick does, at once.
   void kick(unsigned queue) noexcept;
+  // The driver has written to the queue's notification register, and no doorbell took that.
+  void notified(unsigned queue) noexcept {
+    if (description_.quick)
+      kick(queue);
+    else
+      kick_later(queue);
+  }
 
   // --- Saved state. While no vCPU runs; waits for requests that are out.
   void save(nlohmann::json& json) const override;
@@ -95,7 +105,10 @@ class Device : public Savable {
  protected:
   // --- What a device is. All with the lock held.
   // Requests may be waiting in `queue`, which is active.
-  virtual void process(unsigned queue) noexcept = 0;
+  virtual void process(unsigned /*queue*/) noexcept {}
+  // The same for a device that works without the lock, which it takes again before it returns: then several
+  // threads may be in here, for one queue or for several. Instead of process().
+  virtual void serve(unsigned queue, std::unique_lock<std::mutex>& /*lock*/) noexcept { process(queue); }
   virtual void config_bytes(std::span<uint8_t> /*all of config_size()*/) const noexcept {}
   virtual unsigned config_size() const noexcept { return 0; }
   virtual void config_written(unsigned /*offset*/, std::span<const uint8_t> /*data*/) noexcept {}
@@ -117,6 +130,9 @@ class Device : public Savable {
   bool running() const noexcept {
     return (status_ & DRIVER_OK) && !(status_ & DEVICE_NEEDS_RESET) && !resetting_;
   }
+  bool serving(unsigned index) const noexcept {
+    return running() && queues_[index].enabled && queues_[index].queue.active();
+  }
   Queue& queue(unsigned index) noexcept { return queues_[index].queue; }
   // Takes all requests of a queue, a bounded number a call so that a busy driver does not keep the loop from
   // others, and hands each to `handle(chain)`, which pushes it or keeps it. Interrupts as the driver wishes.
@@ -135,9 +151,10 @@ class Device : public Savable {
   machine::GuestMemory& memory_;
   mutable std::mutex mutex_;
 
- private:
+  // A busy driver does not keep a thread from others for longer.
   static constexpr unsigned requests_a_turn = 256;
 
+ private:
   struct Slot {
     QueueSetup setup;
     bool enabled = false;

@@ -157,6 +157,7 @@ void PciTransport::ring_doorbells(unsigned bar, uint64_t address, bool add) noex
     });
     return;
   }
+  if (device_->description().quick && doorbells_.windows_are_cheaper()) return;
   for (unsigned queue = 0; queue < device_->queues(); queue++) {
     machine::Doorbell doorbell{};
     doorbell.fd = device_->kick_fd(queue);
@@ -255,7 +256,7 @@ void PciTransport::modern_write(uint64_t offset, unsigned size, uint64_t value) 
     }
     case NOTIFY:
       if (within / notify_multiplier < device_->queues())
-        signal_event(device_->kick_fd(static_cast<unsigned>(within / notify_multiplier)));
+        device_->notified(static_cast<unsigned>(within / notify_multiplier));
       break;
     default: break;
   }
@@ -419,7 +420,7 @@ void PciTransport::legacy_write(uint64_t offset, unsigned size, uint64_t value) 
   switch (offset) {
     case LEGACY_QUEUE_ADDRESS: return legacy_queue_address(static_cast<uint32_t>(value));
     case LEGACY_QUEUE_NOTIFY:
-      if (value < device_->queues()) signal_event(device_->kick_fd(static_cast<unsigned>(value)));
+      if (value < device_->queues()) device_->notified(static_cast<unsigned>(value));
       return;
     case LEGACY_STATUS:
       device_->set_status(static_cast<uint8_t>(value), true);

@@ -4,6 +4,7 @@
 #include <poll.h>
 
 #include <deque>
+#include <thread>
 
 #include "base/error.hpp"
 #include "device/pci/allocate.hpp"
@@ -140,6 +141,42 @@ TEST_F(PciTransportTest, AddressesAreAssignedInsideTheWindowsAndMayMove) {
   EXPECT_EQ(found->address, part(2));
   set_config(4, 2, 0);  // decoding off: no doorbells either
   EXPECT_TRUE(platform.doorbells.empty());
+}
+
+class QuickDevice final : public Device {
+ public:
+  explicit QuickDevice(machine::GuestMemory& ram)
+      : Device({.name = "virtio-quick",
+                .type = DeviceType::entropy,
+                .pci_class = 0xff0000,
+                .features = 0,
+                .queue_sizes = {8, 8},
+                .quick = true},
+               ram) {}
+  std::vector<std::pair<unsigned, std::thread::id>> served;
+
+ private:
+  void process(unsigned queue) noexcept override { served.emplace_back(queue, std::this_thread::get_id()); }
+};
+
+TEST_F(PciTransportTest, AQuickDeviceIsServedByTheVcpuWhereThatIsCheaper) {
+  auto owned = std::make_unique<QuickDevice>(ram);
+  QuickDevice& quick = *owned;
+  platform.cheap_windows = true;
+  PciTransport other(std::move(owned), {platform, platform}, true);
+  root.add(3, 0, other);
+  pci::assign_resources(root);
+  EXPECT_EQ(platform.doorbells.size(), 2u);  // of the other device
+  testing::FakeDriver driver(quick, ram, 2 * layout::MiB);
+  ASSERT_TRUE(driver.start(0));
+  const uint64_t slot = layout::ecam_base + (3 << 15);
+  const uint64_t modern = (memory_bus.read(slot + 0x20, 4) & ~uint64_t{15}) | memory_bus.read(slot + 0x24, 4)
+                                                                                  << 32;
+  memory_bus.write(modern + 0x3004, 2, 1);
+  ports.write((memory_bus.read(slot + 0x10, 4) & ~uint64_t{15}) + 16, 2, 0);
+  EXPECT_THAT(quick.served, ::testing::ElementsAre(std::pair(1u, std::this_thread::get_id()),
+                                                   std::pair(0u, std::this_thread::get_id())));
+  root.remove(3, 0);
 }
 
 TEST_F(PciTransportTest, AModernDriverGetsMessages) {

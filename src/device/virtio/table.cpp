@@ -53,7 +53,34 @@ constexpr auto block_options = options_with_common(
     OptionSchema{"readonly", "", "off", "the guest cannot write"},
     OptionSchema{"snapshot", "", "off", "changes are thrown away at the end"},
     OptionSchema{"serial", "", "", "serial number that the guest sees, at most 20 characters"},
-    OptionSchema{"queues", "num-queues", "1", "request queues, 1 to 16"});
+    OptionSchema{"queues", "num-queues", "1", "request queues, 1 to 16"},
+    OptionSchema{"id", "", "", "what the control socket calls the disk; else disk0, disk1..."},
+    OptionSchema{"iops", "", "0", "requests a second, at most; 0: no limit"},
+    OptionSchema{"bps", "", "0", "bytes a second, at most; with K, M, G if you like"},
+    OptionSchema{"iops-burst", "", "0", "requests that may come at once; 0: a tenth of a second's"},
+    OptionSchema{"bps-burst", "", "0", "bytes that may come at once; 0: a tenth of a second's"});
+
+// A disk also answers to the machine's owner.
+class MountedDisk final : public MountedDevice {
+ public:
+  MountedDisk(std::unique_ptr<MountedDevice> mounted, Disk& disk)
+      : mounted_(std::move(mounted)), disk_(disk) {}
+  Savable* savable() noexcept override { return mounted_->savable(); }
+  Disk* disk() noexcept override { return &disk_; }
+
+ private:
+  std::unique_ptr<MountedDevice> mounted_;
+  Disk& disk_;  // in it
+};
+
+block::RateLimits rate_limits(const DeviceOptions& options) {
+  const block::RateLimits limits{options.amount("iops"), options.amount("bps"), options.amount("iops-burst"),
+                                 options.amount("bps-burst")};
+  if ((limits.operations_burst && !limits.operations) || (limits.bytes_burst && !limits.bytes))
+    usage_error(
+        "--device virtio-blk: a burst needs its limit; give iops= with iops-burst=, bps= with bps-burst=");
+  return limits;
+}
 
 std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const DeviceOptions& options) {
   if (options.text("file").empty()) usage_error("--device virtio-blk: the image is missing; give file=PATH");
@@ -64,12 +91,14 @@ std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const De
   if (options.text("format") != "auto") open.format = options.text("format");
   open.read_only = options.flag("readonly");
   open.temporary = options.flag("snapshot");
+  open.limits = rate_limits(options);
   const auto queues = static_cast<unsigned>(options.number("queues", 1, Block::max_queues));
   auto image = context.open_disk(options.text("file"), open);
-  return mount(context, options,
-               std::make_unique<Block>(context.ram, std::move(image),
-                                       Block::Config{options.text("serial"), queues}, ring_features(options)),
-               Served::by_itself);
+  auto block = std::make_unique<Block>(context.ram, std::move(image),
+                                       Block::Config{options.text("serial"), queues, options.text("id")},
+                                       ring_features(options));
+  Block& disk = *block;
+  return std::make_unique<MountedDisk>(mount(context, options, std::move(block), Served::by_itself), disk);
 }
 
 constexpr auto network_options = options_with_common(

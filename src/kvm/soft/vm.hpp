@@ -47,6 +47,7 @@ class SoftVm final : public Vm, private CodeWatch {
   }
   void irqfd(const kvm_irqfd& irqfd) override { irqchip_.irqfd(irqfd); }
   void ioeventfd(const kvm_ioeventfd& ioeventfd) override { ioeventfds_.set(ioeventfd); }
+  bool cheap_exits() const noexcept override { return true; }
   kvm_clock_data clock() override;
   void set_clock(const kvm_clock_data& clock) override;
 
