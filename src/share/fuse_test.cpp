@@ -244,6 +244,34 @@ TEST_F(FuseTest, NothingOutsideIsReached) {
   EXPECT_EQ(text("outside/secret"), "secret");
 }
 
+// The server compares keys as well; here is the folder alone, which must not need that.
+TEST_F(FuseTest, TheFolderItselfOpensNothingOutside) {
+  fs::create_symlink("../outside", shared / "up");
+  fs::create_symlink("dir", shared / "within");
+  put("shared/dir/secret", "inside");
+  const Folder folder(shared);
+  for (const char* path :
+       {"..", "../outside/secret", "dir/../../outside/secret", "up/secret", "/etc/passwd", "within/inner"})
+    EXPECT_NE(folder.open(path, O_RDONLY).error, 0) << path;
+  EXPECT_EQ(folder.open("up", O_RDONLY).error, ELOOP);
+  EXPECT_EQ(folder.open("up", name_only).error, 0);
+  std::atomic<bool> stop = false;
+  std::thread racer([&] {
+    const std::string a = shared / "dir", b = shared / "up";
+    while (!stop) ::renameat2(AT_FDCWD, a.c_str(), AT_FDCWD, b.c_str(), RENAME_EXCHANGE);
+  });
+  int inside = 0, outside = 0;
+  for (int i = 0; i < 5000; i++) {
+    const Opened file = folder.open("dir/secret", O_RDONLY);
+    char first = 0;
+    if (file.fd && ::read(file.fd.get(), &first, 1) == 1) (first == 'i' ? inside : outside)++;
+  }
+  stop = true;
+  racer.join();
+  EXPECT_GT(inside, 0);
+  EXPECT_EQ(outside, 0);
+}
+
 // Somebody exchanges a directory with a link to the outside all the time; every answer is from the inside.
 TEST_F(FuseTest, RenameRacesOpenNoWayOut) {
   fs::create_symlink("../outside", shared / "other");
