@@ -23,6 +23,7 @@
 #include "device/rtc.hpp"
 #include "device/serial.hpp"
 #include "device/testdev.hpp"
+#include "device/watchdog.hpp"
 #include "machine/bus.hpp"
 #include "machine/layout.hpp"
 
@@ -175,6 +176,12 @@ void fuzz_acpi_pm(Board& board, Input& input) {
   run(board, {{{&chip, device::AcpiPm::window_size}, {&chip.smi_window(), 2}}, &chip, &twin, event}, input);
 }
 
+void fuzz_watchdog(Board& board, Input& input) {
+  device::Watchdog chip(board.clock, [] {}), twin(board.clock, [] {});
+  auto event = [&](Input& from) { board.clock.advance(from.number(5)); };
+  run(board, {{{&chip, device::Watchdog::window_size}}, &chip, &twin, event}, input);
+}
+
 void fuzz_reset(Board& board, Input& input) {
   device::ResetControl control(board.power), control_twin(board.power);
   device::Port92 port(board.power), port_twin(board.power);
@@ -241,13 +248,14 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input({data, size});
   static machine::GuestMemory ram(layout::MiB);  // only the test device touches it, and only its mappings
   Board board(ram);
-  switch (input.byte() % 8) {
+  switch (input.byte() % 9) {
     case 0: fuzz_serial(board, input); break;
     case 1: fuzz_rtc(board, input); break;
     case 2: fuzz_i8042(board, input); break;
     case 3: fuzz_hpet(board, input); break;
     case 4: fuzz_acpi_pm(board, input); break;
     case 5: fuzz_reset(board, input); break;
+    case 8: fuzz_watchdog(board, input); break;
     case 6: fuzz_testdev(board, input); break;
     default: fuzz_pci(board, input); break;
   }

@@ -24,6 +24,7 @@ Examples:
   lodge run --kernel vmlinuz --initrd initramfs --net user --forward 2222:22
   lodge run --kernel vmlinuz --initrd initramfs --share /home/me/src:src,readonly
   lodge run --kernel vmlinuz --initrd initramfs --vsock cid=3,path=/tmp/vm.sock
+  lodge run --kernel vmlinuz --append root=/dev/vda --disk server.qcow2 --watchdog reset
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image create disk.qcow2 20G
   lodge doctor
@@ -124,6 +125,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "sockets between guest and host: [cid=N,]path=SOCKET; on the host, connect to SOCKET and write "
          "CONNECT PORT, or listen at SOCKET_PORT")
       ->type_name("SOCKET");
+  run->add_option(
+         "--watchdog", raw.watchdog,
+         "a watchdog (Linux: module wdat_wdt, /dev/watchdog0) and what it does when the guest hangs: reset, "
+         "poweroff or none")
+      ->type_name("ACTION");
   run->add_option("--name", raw.name, "the machine's name, as ps shows it")
       ->type_name("NAME")
       ->capture_default_str();
@@ -160,6 +166,7 @@ Values values_of(const std::string& option) {
   if (option == "--compression") return {{"zlib", "zstd"}, false};
   if (option == "--preallocation") return {{"off", "full"}, false};
   if (option == "--serial" || option == "--console") return {{"stdio", "file:", "pty", "null"}, false};
+  if (option == "--watchdog") return {{"reset", "poweroff", "none"}, false};
   if (option == "--net") return {{"user", "none"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
@@ -228,6 +235,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
   if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
+  if (!raw.watchdog.empty()) config.devices.push_back({"watchdog", {{"action", raw.watchdog}}});
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   command.stats = raw.stats || raw.run_json;
   config.soft.count = command.stats;

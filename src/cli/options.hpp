@@ -45,7 +45,7 @@ struct RawOptions {
                               boot_disk;
   std::vector<std::string> initrds, serial, disks, forwards, devices;
   std::vector<std::string> shares;
-  std::string vsock;
+  std::string vsock, watchdog;
   bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,
        doctor_json = false;
   RawImageOptions image;

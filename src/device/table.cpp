@@ -16,6 +16,7 @@
 #include "device/debug_ports.hpp"
 #include "device/testdev.hpp"
 #include "device/virtio/mount.hpp"
+#include "device/watchdog.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::device {
@@ -79,6 +80,30 @@ class MountedPanicPort final : public MountedDevice {
   machine::Registration port_;
 };
 
+// What --watchdog and action= take.
+std::function<void()> watchdog_action(machine::Power& power, const std::string& action) {
+  using enum machine::PowerRequest;
+  if (action == "reset") return [&power] { power.request(reset); };
+  if (action == "poweroff") return [&power] { power.request(power_off); };
+  if (action == "none") return [] {};  // the guest finds that it has expired
+  usage_error("--device watchdog,action={}: choose reset, poweroff or none", action);
+}
+
+class MountedWatchdog final : public MountedDevice {
+ public:
+  MountedWatchdog(const DeviceContext& context, const DeviceOptions& options)
+      : watchdog_(context.clock, watchdog_action(context.power, options.text("action"))),
+        ports_(context.ports, Watchdog::ports, Watchdog::window_size, watchdog_, "watchdog") {}
+  Savable* savable() noexcept override { return &watchdog_; }
+
+ private:
+  Watchdog watchdog_;
+  machine::Registration ports_;
+};
+
+constexpr std::array watchdog_options{
+    OptionSchema{"action", "", "reset", "when the guest lets it expire: reset, poweroff or none"},
+};
 constexpr std::array debugcon_options{
     OptionSchema{"port", "iobase", "0xe9", "the port to write to"},
     OptionSchema{"output", "", "stdio", "where it prints: stdio, file:PATH or null"},
@@ -113,6 +138,11 @@ constexpr std::array own_rows{
         {},
         [](const DeviceContext& context, const DeviceOptions&) -> std::unique_ptr<MountedDevice> {
           return std::make_unique<MountedPanicPort>(context);
+        }},
+    DeviceDescriptor{
+        "watchdog", "acts when the guest hangs (Linux: module wdat_wdt, /dev/watchdog0)", watchdog_options,
+        [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
+          return std::make_unique<MountedWatchdog>(context, options);
         }},
 };
 

@@ -8,6 +8,7 @@
 
 #include "base/error.hpp"
 #include "device/pci/allocate.hpp"
+#include "device/watchdog.hpp"
 #include "guestfs/boot_files.hpp"
 #include "machine/acpi/acpi.hpp"
 #include "machine/layout.hpp"
@@ -228,8 +229,12 @@ void Machine::describe(const VmConfig& config) {
   acpi.cpus = config.cpus;
   acpi.serial_ports = static_cast<unsigned>(serial_.size());
   acpi.fw_cfg = true;
-  acpi.pvpanic =
-      std::ranges::any_of(config.devices, [](const auto& device) { return device.name == "pvpanic"; });
+  const auto has = [&](std::string_view name) {
+    return std::ranges::any_of(config.devices, [&](const auto& device) { return device.name == name; });
+  };
+  acpi.pvpanic = has("pvpanic");
+  using device::Watchdog;
+  if (has("watchdog")) acpi.watchdog = {Watchdog::ports, Watchdog::period_ms, Watchdog::max_count};
   rsdp_ = machine::acpi::install(acpi, memory_);
 
   machine::smbios::Config smbios;

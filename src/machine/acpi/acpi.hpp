@@ -10,6 +10,12 @@
 
 namespace lodge::machine::acpi {
 
+// A watchdog (WDAT): four registers of 32 bits, as device/watchdog has them.
+struct Watchdog {
+  uint16_t ports = 0;  // the first; 0: there is none
+  uint32_t period_ms = 0, max_count = 0;
+};
+
 // What the tables describe; everything else is fixed by machine/layout.hpp.
 struct Config {
   unsigned cpus = 1;          // APIC IDs 0 to cpus - 1, 1 to layout::max_cpus
@@ -20,6 +26,7 @@ struct Config {
   bool rtc = true;
   bool fw_cfg = false;   // announces QEMU0002
   bool pvpanic = false;  // announces QEMU0001
+  Watchdog watchdog;
 };
 
 // A finished table at the address where it belongs.

@@ -175,6 +175,20 @@ TEST(AcpiTest, HpetIsOptional) {
   EXPECT_EQ(field<uint64_t>(Tables({})["HPET"], 44), layout::hpet_base);
 }
 
+TEST(AcpiTest, WatchdogIsDescribedWhenThereIsOne) {
+  EXPECT_EQ(Tables({}).by_name.count("WDAT"), 0u);
+  const Tables tables({.watchdog = {0x580, 100, 0xffff}});
+  const Bytes& wdat = tables["WDAT"];
+  EXPECT_EQ(field<uint32_t>(wdat, 48), 100u);
+  EXPECT_EQ(field<uint32_t>(wdat, 52), 0xffffu);
+  const uint32_t entries = field<uint32_t>(wdat, 64);
+  EXPECT_EQ(wdat.size(), 68 + 24 * entries);
+  for (uint32_t i = 0; i < entries; i++) {
+    const uint64_t port = field<uint64_t>(wdat, 68 + 24 * i + 8);
+    EXPECT_TRUE(port >= 0x580 && port < 0x590 && port % 4 == 0) << port;
+  }
+}
+
 TEST(AcpiTest, TablesStayInTheirArea) {
   uint64_t end = layout::acpi_base;
   for (const Table& table :
@@ -251,7 +265,7 @@ TEST_F(IaslTest, DsdtDisassemblesAndCompilesBackToTheSameCode) {
 }
 
 TEST_F(IaslTest, DataTablesDisassembleWithoutComplaint) {
-  const Tables tables({.cpus = 2});
+  const Tables tables({.cpus = 2, .watchdog = {0x580, 100, 0xffff}});
   for (const auto& [name, bytes] : tables.by_name) {
     if (name == "DSDT") continue;
     write(name + ".dat", bytes);

@@ -1,8 +1,9 @@
-// The fixed tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG, HPET, WAET.
+// The fixed tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG, HPET, WAET, WDAT.
 //
 // Fixed hardware as in device/acpi_pm: legacy mode at reset, ACPI mode by the SMI command port. Addresses
 // come from machine/layout.hpp. Documents: ACPI Specification 6.4, chapter 5; PCI Firmware Specification 3.2
-// (MCFG); IA-PC HPET Specification 1.0a, section 3.2.4 (HPET); Windows ACPI Emulated Devices Table (WAET).
+// (MCFG); IA-PC HPET Specification 1.0a, section 3.2.4 (HPET); Windows ACPI Emulated Devices Table (WAET);
+// Hardware Watchdog Timers Design Specification 1.01 (WDAT).
 #include <array>
 #include <cstring>
 #include <numeric>
@@ -143,6 +144,40 @@ Bytes waet() {
   return table("WAET", 1, Fields().u32(3).take());
 }
 
+// Which register does what. The registers are those of device/watchdog.
+Bytes wdat(const Watchdog& watchdog) {
+  constexpr uint8_t restart = 1, get_current = 4, get_count = 5, set_count = 6, get_running = 8,
+                    set_running = 9, get_stopped = 10, set_stopped = 11, get_reboot = 16, set_reboot = 17,
+                    get_status = 32, set_status = 33;
+  constexpr uint8_t read_value = 0, read_count = 1, write_value = 2, write_count = 3;
+  constexpr uint8_t enabled = 1;
+  constexpr uint64_t COUNT = 0, CURRENT = 4, CONTROL = 8, STATUS = 12;
+  constexpr uint32_t all = 0xffff'ffff, min_count = 10;
+  Fields entries;
+  uint32_t number = 0;
+  const auto entry = [&](uint8_t action, uint8_t instruction, uint64_t port, uint32_t value, uint32_t mask) {
+    entries.u8(action).u8(instruction).u16(0).port_address(watchdog.ports + port, 32, 3).u32(value).u32(mask);
+    number++;
+  };
+  entry(restart, write_value, CURRENT, 1, all);
+  entry(get_current, read_count, CURRENT, 0, all);
+  entry(get_count, read_count, COUNT, 0, all);
+  entry(set_count, write_count, COUNT, 0, all);
+  entry(get_running, read_value, CONTROL, 1, 1);
+  entry(set_running, write_value, CONTROL, 1, 1);
+  entry(get_stopped, read_value, CONTROL, 0, 1);
+  entry(set_stopped, write_value, CONTROL, 0, 1);
+  // What happens is the host's choice: a guest that asks for a reset is told that it has one.
+  entry(get_reboot, read_value, STATUS, 0, 0);
+  entry(set_reboot, write_value, STATUS, 0, 0);
+  entry(get_status, read_value, STATUS, 1, 1);
+  entry(set_status, write_value, STATUS, 1, 1);
+  Fields f;
+  f.u32(32).u16(0xff).u8(0xff).u8(0xff).u8(0xff).zeros(3);  // no PCI function
+  f.u32(watchdog.period_ms).u32(watchdog.max_count).u32(min_count).u8(enabled).zeros(3).u32(number);
+  return table("WDAT", 1, f.append(entries.take()).take());
+}
+
 // Hands out addresses in the tables' area.
 class Area {
  public:
@@ -197,6 +232,7 @@ std::vector<Table> build(const Config& config) {
   std::vector<uint64_t> listed{add(fadt(config, facs_gpa, dsdt_gpa)), add(madt(config)), add(mcfg()),
                                add(waet())};
   if (config.hpet) listed.push_back(add(hpet()));
+  if (config.watchdog.ports != 0) listed.push_back(add(wdat(config.watchdog)));
   Fields narrow, wide;
   for (const uint64_t gpa : listed) {
     narrow.u32(gpa);
