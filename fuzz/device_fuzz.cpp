@@ -19,10 +19,13 @@
 #include "device/i8042.hpp"
 #include "device/pci/chipset.hpp"
 #include "device/pci/root.hpp"
+#include "device/reduced_power.hpp"
 #include "device/reset.hpp"
 #include "device/rtc.hpp"
 #include "device/serial.hpp"
 #include "device/testdev.hpp"
+#include "device/virtio/entropy.hpp"
+#include "device/virtio/mmio.hpp"
 #include "device/watchdog.hpp"
 #include "machine/bus.hpp"
 #include "machine/layout.hpp"
@@ -242,21 +245,52 @@ void fuzz_pci(Board& board, Input& input) {
   run(board, chip, input);
 }
 
+void fuzz_reduced_power(Board& board, Input& input) {
+  device::ReducedPower chip(board.lines[9], board.power), twin(board.lines[9], board.power);
+  run(board, {{{&chip, 4}}, &chip, &twin, [&](Input&) { chip.press_power_button(); }}, input);
+}
+
+class NoDoorbells final : public machine::Doorbells {
+ public:
+  bool add(const machine::Doorbell&) noexcept override { return false; }
+  void remove(const machine::Doorbell&) noexcept override {}
+};
+
+// The transport's registers with the simplest device behind them; virtio_fuzz has the rings.
+void fuzz_virtio_mmio(Board& board, Input& input) {
+  namespace virtio = device::virtio;
+  const auto zeroes = [](std::span<uint8_t>) {};
+  NoDoorbells none;
+  virtio::MmioTransport chip(std::make_unique<virtio::Entropy>(board.ram, virtio::RingFeatures{}, zeroes),
+                             board.lines[16], none);
+  virtio::MmioTransport twin(std::make_unique<virtio::Entropy>(board.ram, virtio::RingFeatures{}, zeroes),
+                             board.lines[17], none);
+  const auto event = [&](Input& from) {
+    std::array<uint8_t, 8> bytes{};
+    for (auto& byte : bytes) byte = from.byte();
+    board.ram.write(from.number(2), bytes);
+    chip.device().kick(0);
+  };
+  run(board, {{{&chip, 0x104}}, &chip, &twin, event}, input);
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input({data, size});
   static machine::GuestMemory ram(layout::MiB);  // only the test device touches it, and only its mappings
   Board board(ram);
-  switch (input.byte() % 9) {
+  switch (input.byte() % 11) {
     case 0: fuzz_serial(board, input); break;
     case 1: fuzz_rtc(board, input); break;
     case 2: fuzz_i8042(board, input); break;
     case 3: fuzz_hpet(board, input); break;
     case 4: fuzz_acpi_pm(board, input); break;
     case 5: fuzz_reset(board, input); break;
-    case 8: fuzz_watchdog(board, input); break;
+    case 9: fuzz_watchdog(board, input); break;
     case 6: fuzz_testdev(board, input); break;
+    case 7: fuzz_reduced_power(board, input); break;
+    case 8: fuzz_virtio_mmio(board, input); break;
     default: fuzz_pci(board, input); break;
   }
   return 0;

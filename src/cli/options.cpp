@@ -20,6 +20,7 @@ Examples:
   lodge run --snapshot --memory 1G --forward 2222:22 debian.qcow2
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
+  lodge run --machine micro --kernel vmlinuz --initrd initramfs --append "console=ttyS0 quiet"
   lodge run --kernel vmlinuz --append root=/dev/vda --disk debian.qcow2,snapshot
   lodge run --kernel vmlinuz --initrd initramfs --net user --forward 2222:22
   lodge run --kernel vmlinuz --initrd initramfs --share /home/me/src:src,readonly
@@ -77,6 +78,10 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--append", raw.append, "the kernel's command line")->type_name("TEXT");
   run->add_option("--cpus", raw.cpus, "number of processors")->type_name("N")->capture_default_str();
   run->add_option("--memory", raw.memory, "RAM: 512M, 2G...")->type_name("SIZE")->capture_default_str();
+  run->add_option("--machine", raw.machine,
+                  "pc, or micro: no PCI and no legacy beyond a serial port, for the fastest start")
+      ->type_name("NAME")
+      ->capture_default_str();
   run->add_option("--accel", raw.accel, "auto, kvm or soft (see lodge doctor)")
       ->type_name("NAME")
       ->capture_default_str();
@@ -158,6 +163,7 @@ Values values_of(const std::string& option) {
       option == "--share")
     return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
+  if (option == "--machine") return {{"pc", "micro"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
   if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
   if (option == "--format" || option == "--source-format" || option == "--backing-format")
@@ -207,6 +213,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   config.reboot = !raw.no_reboot;
   config.cpus = vm::parse_cpus("--cpus", raw.cpus);
   config.memory = vm::parse_size("--memory", raw.memory);
+  config.machine = vm::parse_machine("--machine", raw.machine);
   config.accelerator = vm::parse_accelerator("--accel", raw.accel);
   config.soft.engine = vm::parse_engine("--engine", raw.engine);
   config.soft.code_cache = vm::parse_code_cache("--code-cache", raw.code_cache);

@@ -40,9 +40,9 @@ std::string completion_script(const std::string& shell);
 namespace detail {
 // The options as text, before their values are understood.
 struct RawOptions {
-  std::string kernel, append, cpus = "1", memory = "512M", accel = "auto", engine = "translate",
-                              code_cache = "64M", cpu = "host", name = "lodge", console, net, shell,
-                              boot_disk;
+  std::string kernel, append, cpus = "1", memory = "512M", machine = "pc", accel = "auto",
+                              engine = "translate", code_cache = "64M", cpu = "host", name = "lodge", console,
+                              net, shell, boot_disk;
   std::vector<std::string> initrds, serial, disks, forwards, devices;
   std::vector<std::string> shares;
   std::string vsock, watchdog;

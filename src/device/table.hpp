@@ -25,6 +25,9 @@ namespace lodge::device {
 namespace pci {
 class Root;
 }
+namespace virtio {
+class MmioSlots;
+}
 
 // What a factory may use of the machine. All of it outlives every device.
 struct DeviceContext {
@@ -47,7 +50,9 @@ struct DeviceContext {
   // User-mode networking with these forwards ("2222:22", joined by '+'), or what the same card had before a
   // machine reset. Throws UsageError.
   std::function<std::shared_ptr<net::Backend>(const std::string& forwards)> open_user_network;
-  pci::Root& pci;
+  // Where VirtIO devices go. One of the two is null: a machine has PCI, or windows on the memory bus.
+  pci::Root* pci;
+  virtio::MmioSlots* virtio_mmio;
   machine::MsiTarget& msi;
   machine::Doorbells& doorbells;
   EventLoop& loop;  // for queues and back ends that need little time at once

@@ -9,6 +9,7 @@
 #include "device/pci/root.hpp"
 #include "device/reset.hpp"
 #include "device/testing.hpp"
+#include "device/virtio/mmio_slots.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::device {
@@ -48,11 +49,32 @@ class TableTest : public ::testing::Test {
                         [this](const std::string&, const std::string&, bool) { return backend; },
                         nullptr,
                         nullptr,
-                        pci,
+                        &pci,
+                        nullptr,
                         platform,
                         platform,
                         loop};
 };
+
+// On a machine without PCI the same rows give devices behind MMIO.
+TEST_F(TableTest, VirtioDevicesGoWhereTheMachineHasRoomForThem) {
+  virtio::MmioSlots slots([this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); });
+  context.virtio_mmio = &slots;
+  context.pci = nullptr;
+  const uint64_t base = machine::layout::virtio_mmio_base;
+  EXPECT_THAT(error_of("virtio-rng", {{"addr", "5"}}), AllOf(HasSubstr("slot=5"), HasSubstr("--machine pc")));
+  EXPECT_THAT(error_of("virtio-rng", {{"legacy", "on"}}), AllOf(HasSubstr("legacy=on"), HasSubstr("no PCI")));
+  {
+    const auto first = create_device(context, "virtio-rng", {});
+    const auto second = create_device(context, "virtio-balloon", {});
+    EXPECT_EQ(memory.read(base, 4), 0x7472'6976u);
+    EXPECT_EQ(memory.read(base + 8, 4), 4u);
+    EXPECT_EQ(memory.read(base + 0x1000 + 8, 4), 5u);
+    EXPECT_EQ(platform.doorbells.size(), 1u + 4u);
+  }
+  EXPECT_EQ(memory.read(base, 4), 0xffff'ffffu);
+  EXPECT_TRUE(platform.doorbells.empty());
+}
 
 TEST_F(TableTest, DebugExitSitsWhereItIsToldAndLeavesWithItsObject) {
   {

@@ -15,6 +15,9 @@ inline constexpr uint64_t high_ram_base = 4 * GiB;
 inline constexpr uint64_t ecam_base = 0xb000'0000, ecam_size = 256 * MiB;  // PCI Express configuration, MCFG
 inline constexpr uint64_t pci_mmio_base = 0xc000'0000, pci_mmio_end = 0xfec0'0000;
 inline constexpr uint64_t pci_mmio64_base = 0x80'0000'0000, pci_mmio64_size = 0x80'0000'0000;  // from 512 GiB
+// VirtIO devices of machines without PCI: a page each, and IOAPIC inputs that they share from the ninth on.
+inline constexpr uint64_t virtio_mmio_base = 0xd000'0000, virtio_mmio_size = 0x1000;
+inline constexpr unsigned virtio_mmio_max = 32, virtio_mmio_gsi = 16, virtio_mmio_gsis = 8;
 inline constexpr uint64_t ioapic_base = 0xfec0'0000;
 inline constexpr uint64_t hpet_base = 0xfed0'0000;
 inline constexpr uint64_t lapic_base = 0xfee0'0000;
@@ -36,6 +39,10 @@ inline constexpr uint8_t acpi_s5_type = 5;          // SLP_TYP of soft off, for 
 inline constexpr uint16_t smi_command_port = 0xb2;  // FADT SMI_CMD, with the two values that follow
 inline constexpr uint8_t acpi_enable_value = 2, acpi_disable_value = 3;
 inline constexpr uint8_t sci_irq = 9;  // level, active high
+// Of machines with hardware-reduced ACPI: sleep control, sleep status, reset, events; the reset value is the
+// same.
+inline constexpr uint16_t reduced_power_port = 0x600;
+inline constexpr uint8_t reduced_power_size = 4, reduced_power_reset = 2, reduced_power_events = 3;
 inline constexpr uint16_t reset_port = 0xcf9;
 inline constexpr uint8_t reset_value = 0x06;  // FADT RESET_VALUE
 inline constexpr uint16_t rtc_port = 0x70;

@@ -13,6 +13,7 @@
 namespace lodge::vm {
 
 enum class Accelerator { automatic, kvm, soft };
+enum class MachineType { pc, micro };  // vm/chipset.hpp
 
 struct SerialConfig {
   enum class Kind { null, stdio, file, pty };
@@ -37,6 +38,7 @@ struct VmConfig {
   std::string append;                // the kernel's command line
   unsigned cpus = 1;
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
+  MachineType machine = MachineType::pc;
   Accelerator accelerator = Accelerator::automatic;
   kvm::soft::Options soft;   // of the soft accelerator
   std::string cpu = "host";  // a name of cpu_models()
@@ -56,6 +58,7 @@ HostLimits host_limits();
 uint64_t parse_size(std::string_view option, std::string_view text);  // "512M", "2G", "1024" (MiB), "640K"
 unsigned parse_cpus(std::string_view option, std::string_view text);
 Accelerator parse_accelerator(std::string_view option, std::string_view text);
+MachineType parse_machine(std::string_view option, std::string_view text);
 kvm::soft::Engine parse_engine(std::string_view option, std::string_view text);
 size_t parse_code_cache(std::string_view option, std::string_view text);  // 1 MiB to 1 GiB
 SerialConfig parse_serial(std::string_view option, std::string_view text);

@@ -37,5 +37,7 @@ class InterruptInput {
 // The PC's wiring: ISA interrupts reach both the 8259 pair and the IOAPIC, the timer IOAPIC pin 2 (as the
 // MADT says); 16 to 23 are the IOAPIC's alone.
 std::vector<kvm_irq_routing_entry> pc_routing();
+// Every input to the IOAPIC's pin of the same number, and nothing to the 8259 pair.
+std::vector<kvm_irq_routing_entry> ioapic_routing();
 
 }  // namespace lodge::vm

@@ -4,10 +4,8 @@
 
 #include <algorithm>
 #include <array>
-#include <exception>
 
 #include "base/error.hpp"
-#include "device/pci/allocate.hpp"
 #include "device/watchdog.hpp"
 #include "guestfs/boot_files.hpp"
 #include "machine/acpi/acpi.hpp"
@@ -19,11 +17,11 @@ namespace {
 
 namespace layout = machine::layout;
 
-constexpr uint32_t gsi_count = 24, keyboard_irq = 1, mouse_irq = 12;
+constexpr uint32_t gsi_count = 24;
 
 // Local vector table entries as firmware leaves them (Intel MultiProcessor Specification 1.4,
 // section 3.6.2.2, "virtual wire"): the boot processor's LINT0 takes the 8259's interrupt, everyone's LINT1
-// is NMI.
+// is NMI. Without 8259, LINT0 stays masked everywhere.
 constexpr unsigned lapic_lvt_lint0 = 0x350, lapic_lvt_lint1 = 0x360;
 constexpr uint32_t lvt_extint = 0x700, lvt_nmi = 0x400, lvt_masked = 0x10000;
 
@@ -47,9 +45,9 @@ void set_lvt(kvm_lapic_state& lapic, unsigned offset, uint32_t value) {
 }
 
 // What firmware would have set up before the kernel.
-void set_up_vcpu(kvm::Vcpu& vcpu, bool boot_processor) {
+void set_up_vcpu(kvm::Vcpu& vcpu, bool takes_8259) {
   kvm_lapic_state lapic = vcpu.lapic();
-  set_lvt(lapic, lapic_lvt_lint0, boot_processor ? lvt_extint : lvt_extint | lvt_masked);
+  set_lvt(lapic, lapic_lvt_lint0, takes_8259 ? lvt_extint : lvt_extint | lvt_masked);
   set_lvt(lapic, lapic_lvt_lint1, lvt_nmi);
   vcpu.set_lapic(lapic);
   // One by one: what a processor does not have (Intel and AMD differ here) it refuses, and the others still
@@ -69,11 +67,9 @@ Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Back
                  machine::Power& power)
     : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
   memory_.attach(*vm_, 0);
-  create_irqchip();
-  create_chipset(clock, power);
-  create_timers(clock);  // after the chipset: the RTC also drives the ACPI chip
-  create_pci();
-  create_firmware_configuration(config);
+  create_interrupt_inputs();
+  chipset_ = create_chipset(config, {*vm_, memory_, ports_, mmio_, clock, power,
+                                     [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); }});
   create_serial_ports(clock);
   create_optional_devices(config, clock, power);
   create_vcpus(config, system);
@@ -87,14 +83,9 @@ Machine::~Machine() {
   for (size_t i = 0; i < backends_.serial_ports(); i++) backends_.serial(i).disconnect();
 }
 
-void Machine::create_irqchip() {
+void Machine::create_interrupt_inputs() {
   vm_->set_tss_addr(layout::tss_base);
   vm_->set_identity_map_addr(layout::identity_map_base);
-  vm_->create_irqchip();
-  kvm_pit_config pit{};
-  pit.flags = KVM_PIT_SPEAKER_DUMMY;  // port 0x61 answers
-  vm_->create_pit2(pit);
-  vm_->set_gsi_routing(pc_routing());
   for (uint32_t gsi = 0; gsi < gsi_count; gsi++)
     inputs_.push_back(std::make_unique<InterruptInput>(*vm_, gsi));
 }
@@ -102,70 +93,6 @@ void Machine::create_irqchip() {
 void Machine::mount(machine::Bus& bus, uint64_t base, uint64_t size, machine::RegisterWindow& window,
                     const char* owner) {
   mounted_.emplace_back(bus, base, size, window, owner);
-}
-
-// The HPET's legacy replacement takes IRQ 0 from the 8254, which is inside the accelerator (api.rst,
-// KVM_SET_PIT2).
-void Machine::replace_pit(bool replaced) noexcept {
-  try {
-    kvm_pit_state2 pit = vm_->pit2();
-    pit.flags =
-        replaced ? pit.flags | KVM_PIT_FLAGS_HPET_LEGACY : pit.flags & ~uint32_t{KVM_PIT_FLAGS_HPET_LEGACY};
-    vm_->set_pit2(pit);
-  } catch (const std::exception&) {
-    // An accelerator without the flag: the guest gets both interrupts, as some boards do.
-  }
-}
-
-void Machine::create_timers(Clock& clock) {
-  hpet_ = std::make_unique<device::Hpet>(
-      clock,
-      device::HpetWiring{.irq0 = interrupt(0),
-                         .irq8 = interrupt(layout::rtc_irq),
-                         .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
-                         .legacy_replacement = [this](bool replaced) { replace_pit(replaced); }});
-  mount(mmio_, layout::hpet_base, device::Hpet::window_size, *hpet_, "HPET");
-  // Also to the ACPI chip: when the HPET has taken IRQ 8, Linux waits for alarms there.
-  rtc_line_ = std::make_unique<device::SplitLine>(hpet_->rtc_input(), pm_->rtc_input());
-  rtc_ = std::make_unique<device::Rtc>(clock, *rtc_line_);
-  uint64_t low = 0, high = 0;
-  for (const auto& range : memory_.ranges()) (range.gpa < layout::high_ram_base ? low : high) += range.size;
-  rtc_->describe_memory(low, high);
-  mount(ports_, layout::rtc_port, device::Rtc::window_size, *rtc_, "real-time clock");
-}
-
-void Machine::create_chipset(Clock& clock, machine::Power& power) {
-  pm_ = std::make_unique<device::AcpiPm>(clock, interrupt(layout::sci_irq), power);
-  mount(ports_, layout::acpi_pm_base, device::AcpiPm::window_size, *pm_, "ACPI power management");
-  mount(ports_, layout::smi_command_port, 2, pm_->smi_window(), "SMI command port");
-  i8042_ = std::make_unique<device::I8042>(interrupt(keyboard_irq), interrupt(mouse_irq), power);
-  mount(ports_, 0x60, 1, i8042_->data_window(), "keyboard controller");
-  mount(ports_, 0x64, 1, i8042_->command_window(), "keyboard controller");
-  port92_ = std::make_unique<device::Port92>(power);
-  mount(ports_, 0x92, 1, *port92_, "system control port A");
-  reset_ = std::make_unique<device::ResetControl>(power);
-  mount(ports_, 0x80, 16, post_, "POST code and DMA page registers");
-  mount(ports_, 0xed, 1, delay_, "delay port");
-}
-
-void Machine::create_pci() {
-  pci_ = std::make_unique<device::pci::Root>(
-      ports_, mmio_, [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); }, *reset_);
-  mount(ports_, device::pci::Root::ports_base, device::pci::Root::ports_size, pci_->port_window(),
-        "PCI configuration");
-  mount(mmio_, layout::ecam_base, layout::ecam_size, pci_->ecam_window(), "PCI Express configuration");
-  pci_->add(device::pci::HostBridge::slot, 0, host_bridge_);
-  pci_->add(device::pci::LpcBridge::slot, 0, lpc_bridge_);
-}
-
-void Machine::create_firmware_configuration(const VmConfig& config) {
-  using Key = machine::FwCfgKey;
-  fw_cfg_ = std::make_unique<machine::FwCfg>(memory_);
-  fw_cfg_->set_u64(Key::ram_size, config.memory);
-  fw_cfg_->set_u16(Key::cpu_count, static_cast<uint16_t>(config.cpus));
-  fw_cfg_->set_u16(Key::max_cpus, static_cast<uint16_t>(config.cpus));
-  fw_cfg_->set_u16(Key::nographic, 1);
-  mount(ports_, layout::fw_cfg_port, machine::FwCfg::window_size, *fw_cfg_, "firmware configuration");
 }
 
 void Machine::create_serial_ports(Clock& clock) {
@@ -190,13 +117,14 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
                           const block::OpenOptions& options) { return backends_.open_disk(path, options); },
       .open_user_network =
           [this](const std::string& forwards) { return backends_.open_user_network(forwards); },
-      .pci = *pci_,
+      .pci = chipset_->pci(),
+      .virtio_mmio = chipset_->virtio_mmio(),
       .msi = platform_,
       .doorbells = platform_,
       .loop = loop_};
   for (const auto& device : config.devices)
     optional_.push_back(device::create_device(context, device.name, device.options));
-  device::pci::assign_resources(*pci_);
+  chipset_->devices_are_in();
 }
 
 void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
@@ -208,7 +136,7 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   for (unsigned id = 0; id < config.cpus; id++) {
     auto vcpu = vm_->create_vcpu(id);
     vcpu->set_cpuid2(vcpu_cpuid(cpuid_, id, config.cpus));
-    set_up_vcpu(*vcpu, id == 0);
+    set_up_vcpu(*vcpu, id == 0 && config.machine == MachineType::pc);
     vcpus_.push_back(std::move(vcpu));
   }
 }
@@ -228,7 +156,7 @@ void Machine::describe(const VmConfig& config) {
   machine::acpi::Config acpi;
   acpi.cpus = config.cpus;
   acpi.serial_ports = static_cast<unsigned>(serial_.size());
-  acpi.fw_cfg = true;
+  chipset_->describe(acpi);
   const auto has = [&](std::string_view name) {
     return std::ranges::any_of(config.devices, [&](const auto& device) { return device.name == name; });
   };

@@ -9,23 +9,14 @@
 
 #include "base/clock.hpp"
 #include "base/event_loop.hpp"
-#include "device/acpi_pm.hpp"
-#include "device/debug_ports.hpp"
-#include "device/hpet.hpp"
-#include "device/i8042.hpp"
-#include "device/pci/chipset.hpp"
-#include "device/pci/root.hpp"
-#include "device/reset.hpp"
-#include "device/rtc.hpp"
 #include "device/serial.hpp"
-#include "device/shared_line.hpp"
 #include "device/table.hpp"
 #include "kvm/kvm.hpp"
 #include "machine/boot/boot.hpp"
 #include "machine/bus.hpp"
-#include "machine/fw_cfg/fw_cfg.hpp"
 #include "machine/memory.hpp"
 #include "vm/backends.hpp"
+#include "vm/chipset.hpp"
 #include "vm/config.hpp"
 #include "vm/cpuid.hpp"
 #include "vm/interrupts.hpp"
@@ -51,18 +42,13 @@ class Machine {
   machine::GuestMemory& memory() noexcept { return memory_; }
   // How the kernel was recognized and entered.
   const std::string& protocol() const noexcept { return protocol_; }
-  // False when the guest has no driver that would see it.
-  bool press_power_button() noexcept { return pm_->press_power_button(); }
+  // False when it is known that the guest has no driver that would see it.
+  bool press_power_button() noexcept { return chipset_->press_power_button(); }
   // By its id, or "disk0" for the first one without and so on; null: there is none of that name.
   device::Disk* disk(std::string_view name) noexcept;
 
  private:
-  void create_irqchip();
-  void create_timers(Clock& clock);
-  void create_chipset(Clock& clock, machine::Power& power);
-  void replace_pit(bool replaced) noexcept;
-  void create_pci();
-  void create_firmware_configuration(const VmConfig& config);
+  void create_interrupt_inputs();
   void create_serial_ports(Clock& clock);
   void create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power);
   void create_vcpus(const VmConfig& config, kvm::System& system);
@@ -82,18 +68,7 @@ class Machine {
   machine::Bus ports_{"port", 0x10000};
   machine::Bus mmio_{"memory", uint64_t{1} << 52};
   std::vector<std::unique_ptr<InterruptInput>> inputs_;
-  std::unique_ptr<device::AcpiPm> pm_;
-  std::unique_ptr<device::Port92> port92_;
-  std::unique_ptr<device::ResetControl> reset_;
-  std::unique_ptr<device::Hpet> hpet_;
-  std::unique_ptr<device::SplitLine> rtc_line_;
-  std::unique_ptr<device::Rtc> rtc_;
-  std::unique_ptr<device::I8042> i8042_;
-  device::LatchPorts post_, delay_;
-  device::pci::HostBridge host_bridge_;
-  device::pci::LpcBridge lpc_bridge_;
-  std::unique_ptr<device::pci::Root> pci_;
-  std::unique_ptr<machine::FwCfg> fw_cfg_;
+  std::unique_ptr<Chipset> chipset_;
   std::vector<std::unique_ptr<device::Serial>> serial_;
   std::vector<machine::Registration> mounted_;
   std::vector<std::unique_ptr<device::MountedDevice>> optional_;

@@ -206,10 +206,8 @@ void Device::enable_queue(unsigned index, bool enabled) noexcept {
   kick_later(index);
 }
 
-void Device::reset_queue(unsigned index) noexcept {
-  std::unique_lock lock(mutex_);
+void Device::take_back(std::unique_lock<std::mutex>& lock, unsigned index) noexcept {
   Slot& slot = queues_[index];
-  if (resetting_ || !has_feature(F_RING_RESET) || !slot.enabled) return;
   resetting_ = true;
   quiesce(lock, static_cast<int>(index));
   resetting_ = false;
@@ -217,6 +215,16 @@ void Device::reset_queue(unsigned index) noexcept {
   slot.queue.deactivate();
   slot.setup = {.size = queue_max_size(index)};
   slot.was_reset = true;
+}
+
+void Device::stop_queue(unsigned index) noexcept {
+  std::unique_lock lock(mutex_);
+  if (!resetting_ && queues_[index].enabled) take_back(lock, index);
+}
+
+void Device::reset_queue(unsigned index) noexcept {
+  std::unique_lock lock(mutex_);
+  if (!resetting_ && has_feature(F_RING_RESET) && queues_[index].enabled) take_back(lock, index);
 }
 
 void Device::attach_loop(EventLoop& loop) {
@@ -243,11 +251,13 @@ void Device::save(nlohmann::json& json) const {
   self.quiesce(lock, -1);
   save_state(CommonState{static_cast<uint16_t>(description_.type), driver_features_, status_, generation_},
              json);
+  // A device that only waits for its reset uses no queue again, and may have one that cannot be used.
+  const bool dead = status_ & DEVICE_NEEDS_RESET;
   json["queues"] = nlohmann::json::array();
   for (const Slot& slot : queues_) {
     nlohmann::json state;
     save_state(QueueState{slot.setup.size, slot.setup.descriptors, slot.setup.driver, slot.setup.device,
-                          slot.enabled, slot.was_reset, slot.queue.position()},
+                          slot.enabled, slot.was_reset, dead ? 0 : slot.queue.position()},
                state);
     json["queues"].push_back(std::move(state));
   }
@@ -273,7 +283,7 @@ void Device::load(const nlohmann::json& json) {
       wrong("a queue's size is too large");
     slot.enabled = state.enabled;
     slot.was_reset = state.was_reset;
-    if ((common.status & DRIVER_OK) && slot.enabled &&
+    if ((common.status & DRIVER_OK) && !(common.status & DEVICE_NEEDS_RESET) && slot.enabled &&
         (!slot.queue.activate(slot.setup, common.features, memory_) ||
          !slot.queue.set_position(state.position)))
       wrong("a queue lies outside RAM or its position outside the queue");

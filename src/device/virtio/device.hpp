@@ -57,6 +57,8 @@ class Device : public Savable {
   // --- For the transport. Queue numbers are below queues().
   // Before any other call; `transport` outlives the device or its last call.
   void connect(Transport& transport) noexcept { transport_ = &transport; }
+  // Set-up: what the transport cannot do well is not offered.
+  void withhold(uint64_t features) noexcept { offered_ &= ~features; }
   // Features of a driver that knows VirtIO 1.0 and later, or of a legacy one.
   uint64_t features(bool legacy) const noexcept;
   uint64_t driver_features() noexcept;
@@ -80,6 +82,9 @@ class Device : public Savable {
   bool queue_enabled(unsigned queue) noexcept;
   // 4.1.4.3: enabling only; a legacy driver also takes a queue back by `enabled` = false.
   void enable_queue(unsigned queue, bool enabled = true) noexcept;
+  // 4.2.2.2 (QueueReady = 0): the driver takes a queue back, also while the device runs; what is out has come
+  // back when the call returns. The queue may be set up again.
+  void stop_queue(unsigned queue) noexcept;
   // 2.6.1 Ring reset, complete when the call returns; ignored when not negotiated.
   void reset_queue(unsigned queue) noexcept;
 
@@ -165,6 +170,7 @@ class Device : public Savable {
   void start() noexcept;
   void reset_locked(std::unique_lock<std::mutex>& lock) noexcept;
   bool may_set_up(const Slot& slot) const noexcept;
+  void take_back(std::unique_lock<std::mutex>& lock, unsigned index) noexcept;
   void activate(Slot& slot) noexcept;
 
   Description description_;

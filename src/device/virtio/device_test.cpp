@@ -271,6 +271,21 @@ TEST_P(DeviceTest, SavedStateGoesOnWhereItWas) {
   EXPECT_TRUE(driver.used(0));
 }
 
+TEST_P(DeviceTest, ADeviceThatNeedsAResetIsSavedAndLoaded) {
+  ASSERT_TRUE(driver.start(wanted));
+  driver.submit(0, {{driver.allocate(16), 16, true}});
+  shelf.complete();
+  driver.submit(1, {{uint64_t{1} << 40, 16, true}});
+  ASSERT_TRUE(driver.needs_reset());
+  Shelf other(memory);
+  nlohmann::json first, second;
+  shelf.save(first);
+  other.load(first);
+  other.save(second);
+  EXPECT_EQ(first, second);
+  EXPECT_TRUE(other.status() & DEVICE_NEEDS_RESET);
+}
+
 TEST_P(DeviceTest, SavedStateThatDoesNotFitIsRefused) {
   ASSERT_TRUE(driver.start(wanted));
   nlohmann::json good, after;

@@ -2,22 +2,30 @@
 
 #include <fmt/format.h>
 
+#include "base/error.hpp"
 #include "device/pci/root.hpp"
+#include "device/virtio/mmio.hpp"
+#include "device/virtio/mmio_slots.hpp"
 #include "device/virtio/pci.hpp"
+#include "machine/layout.hpp"
 
 namespace lodge::device::virtio {
 
 namespace {
 
+// A loop for one device, or none.
+std::unique_ptr<EventLoop> own_loop(const Device& device, Served served) {
+  if (served == Served::by_machine) return nullptr;
+  return std::make_unique<EventLoop>(fmt::format("lodge-{}", device.description().name.substr(7)));
+}
+
 class MountedPci final : public MountedDevice {
  public:
   MountedPci(const DeviceContext& context, unsigned slot, std::unique_ptr<Device> device, bool transitional,
              Served served)
-      : root_(context.pci),
+      : root_(*context.pci),
         slot_(slot),
-        own_loop_(served == Served::by_itself ? std::make_unique<EventLoop>(fmt::format(
-                                                    "lodge-{}", device->description().name.substr(7)))
-                                              : nullptr),
+        own_loop_(own_loop(*device, served)),
         transport_(std::move(device), {context.msi, context.doorbells}, transitional) {
     transport_.device().attach_loop(own_loop_ ? *own_loop_ : context.loop);
     root_.add(slot_, 0, transport_);
@@ -32,7 +40,41 @@ class MountedPci final : public MountedDevice {
   PciTransport transport_;
 };
 
+class MountedMmio final : public MountedDevice {
+ public:
+  MountedMmio(const DeviceContext& context, const MmioSlots::Place& place, std::unique_ptr<Device> device,
+              Served served)
+      : own_loop_(own_loop(*device, served)),
+        transport_(std::move(device), context.virtio_mmio->line(place), context.doorbells),
+        window_(context.memory, place.base, MmioTransport::window_size, transport_,
+                transport_.device().description().name) {
+    transport_.device().attach_loop(own_loop_ ? *own_loop_ : context.loop);
+    transport_.mounted(place.base);
+  }
+  Savable* savable() noexcept override { return &transport_; }
+
+ private:
+  std::unique_ptr<EventLoop> own_loop_;  // outlives the watches of the device
+  MmioTransport transport_;
+  machine::Registration window_;
+};
+
+std::unique_ptr<MountedDevice> mount_mmio(const DeviceContext& context, const DeviceOptions& options,
+                                          std::unique_ptr<Device> device, Served served) {
+  const auto refuse = [&](std::string_view option) {
+    usage_error("--device {},{}={}: --machine micro has no PCI; leave the option out, or take --machine pc",
+                device->description().name, option, options.text(option));
+  };
+  if (options.text("slot") != "auto") refuse("slot");
+  if (options.text("legacy") == "on") refuse("legacy");
+  return std::make_unique<MountedMmio>(context, context.virtio_mmio->take(), std::move(device), served);
+}
+
 }  // namespace
+
+unsigned next_place(const DeviceContext& context) {
+  return context.pci ? context.pci->free_slot() : context.virtio_mmio->next();
+}
 
 RingFeatures ring_features(const DeviceOptions& options) {
   return {.packed = options.flag("packed")};
@@ -40,10 +82,12 @@ RingFeatures ring_features(const DeviceOptions& options) {
 
 std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
                                      std::unique_ptr<Device> device, Served served) {
+  const bool transitional = has_legacy_interface(device->description().type) &&
+                            (options.text("legacy") == "auto" || options.flag("legacy"));
+  if (!context.pci) return mount_mmio(context, options, std::move(device), served);
   const bool automatic = options.text("slot") == "auto";
   const unsigned slot =
-      automatic ? context.pci.free_slot() : static_cast<unsigned>(options.number("slot", 1, 0x1e));
-  const bool transitional = has_legacy_interface(device->description().type) && options.flag("legacy");
+      automatic ? context.pci->free_slot() : static_cast<unsigned>(options.number("slot", 1, 0x1e));
   return std::make_unique<MountedPci>(context, slot, std::move(device), transitional, served);
 }
 

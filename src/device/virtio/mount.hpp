@@ -13,7 +13,7 @@ namespace lodge::device::virtio {
 // The options that follow a device's own: where it sits, and what an old or odd driver needs to be kept from.
 inline constexpr std::array common_options{
     OptionSchema{"slot", "addr", "auto", "PCI slot, 1 to 0x1e"},
-    OptionSchema{"legacy", "", "on", "also drivers older than VirtIO 1.0: on or off"},
+    OptionSchema{"legacy", "", "auto", "also drivers older than VirtIO 1.0: on, off or auto: on PCI"},
     OptionSchema{"packed", "", "on", "offer packed queues: on or off"},
 };
 
@@ -36,10 +36,14 @@ RingFeatures ring_features(const DeviceOptions& options);
 // Who serves the queues: the machine's loop, or a thread of the device's own.
 enum class Served { by_machine, by_itself };
 
-// `device` in a PCI function of its own. Throws UsageError when the
-// slot is taken.
+// `device` in a PCI function of its own or, on a machine without PCI, in a window of registers. Throws
+// UsageError when the slot is taken, or when an option needs PCI and there is none.
 std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
                                      std::unique_ptr<Device> device, Served served = Served::by_machine);
+
+// The number of the place that the next device gets which does not ask for one: differs between those of a
+// machine.
+unsigned next_place(const DeviceContext& context);
 
 // The rows of this folder.
 std::span<const DeviceDescriptor> rows() noexcept;

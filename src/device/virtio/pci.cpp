@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "device/virtio/config_register.hpp"
 
 namespace lodge::device::virtio {
 
@@ -233,13 +234,7 @@ uint64_t PciTransport::modern_read(uint64_t offset, unsigned size) noexcept {
       }
       return value;
     }
-    case DEVICE: {
-      std::array<uint8_t, 8> bytes{};
-      device_->read_config(static_cast<unsigned>(within), {bytes.data(), size});
-      uint64_t value = 0;
-      for (unsigned i = 0; i < size; i++) value |= uint64_t{bytes[i]} << (i * 8);
-      return value;
-    }
+    case DEVICE: return read_config_register(*device_, within, size);
     default: return 0;
   }
 }
@@ -248,12 +243,7 @@ void PciTransport::modern_write(uint64_t offset, unsigned size, uint64_t value) 
   const uint64_t within = offset % part_size;
   switch (offset - within) {
     case COMMON: common_write(static_cast<unsigned>(within), size, value); break;
-    case DEVICE: {
-      std::array<uint8_t, 8> bytes{};
-      for (unsigned i = 0; i < size; i++) bytes[i] = static_cast<uint8_t>(value >> (i * 8));
-      device_->write_config(static_cast<unsigned>(within), {bytes.data(), size});
-      break;
-    }
+    case DEVICE: write_config_register(*device_, within, size, value); break;
     case NOTIFY:
       if (within / notify_multiplier < device_->queues())
         device_->notified(static_cast<unsigned>(within / notify_multiplier));
@@ -386,13 +376,7 @@ uint64_t PciTransport::legacy_read(uint64_t offset, unsigned size) noexcept {
   const PciState now = registers();
   const bool selected = now.queue_select < device_->queues();
   const uint32_t config_at = legacy_config_offset();
-  if (offset >= config_at) {
-    std::array<uint8_t, 8> bytes{};
-    device_->read_config(static_cast<unsigned>(offset) - config_at, {bytes.data(), size});
-    uint64_t value = 0;
-    for (unsigned i = 0; i < size; i++) value |= uint64_t{bytes[i]} << (i * 8);
-    return value;
-  }
+  if (offset >= config_at) return read_config_register(*device_, offset - config_at, size);
   switch (offset) {
     case LEGACY_DEVICE_FEATURES: return device_->features(true);
     case LEGACY_DRIVER_FEATURES: return now.driver_features;
@@ -412,11 +396,7 @@ uint64_t PciTransport::legacy_read(uint64_t offset, unsigned size) noexcept {
 
 void PciTransport::legacy_write(uint64_t offset, unsigned size, uint64_t value) noexcept {
   const uint32_t config_at = legacy_config_offset();
-  if (offset >= config_at) {
-    std::array<uint8_t, 8> bytes{};
-    for (unsigned i = 0; i < size; i++) bytes[i] = static_cast<uint8_t>(value >> (i * 8));
-    return device_->write_config(static_cast<unsigned>(offset) - config_at, {bytes.data(), size});
-  }
+  if (offset >= config_at) return write_config_register(*device_, offset - config_at, size, value);
   switch (offset) {
     case LEGACY_QUEUE_ADDRESS: return legacy_queue_address(static_cast<uint32_t>(value));
     case LEGACY_QUEUE_NOTIFY:

@@ -4,7 +4,6 @@
 #include <cstdio>
 
 #include "base/error.hpp"
-#include "device/pci/root.hpp"
 #include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
 #include "device/virtio/console.hpp"
@@ -120,7 +119,7 @@ Mac parse_mac(const std::string& text, unsigned slot) {
 }
 
 std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options) {
-  const unsigned slot = options.text("slot") == "auto" ? context.pci.free_slot() : 0;
+  const unsigned slot = options.text("slot") == "auto" ? next_place(context) : 0;
   Network::Config config{.mac = parse_mac(options.text("mac"), slot)};
   config.mtu = static_cast<uint16_t>(options.number("mtu", 0, 65535));
   if (config.mtu != 0 && config.mtu < 68)

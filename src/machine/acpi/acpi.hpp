@@ -16,8 +16,18 @@ struct Watchdog {
   uint32_t period_ms = 0, max_count = 0;
 };
 
+// A VirtIO device in a window on the memory bus (_HID LNRO0005).
+struct VirtioWindow {
+  uint64_t base;
+  unsigned gsi;
+};
+
 // What the tables describe; everything else is fixed by machine/layout.hpp.
 struct Config {
+  // The PC: PCI with ECAM, 8259s, fixed power management hardware. Otherwise hardware-reduced ACPI: sleep,
+  // reset and event registers at layout::reduced_power_port, and interrupts by the IOAPIC alone.
+  bool pc = true;
+  std::vector<VirtioWindow> virtio;
   unsigned cpus = 1;          // APIC IDs 0 to cpus - 1, 1 to layout::max_cpus
   unsigned serial_ports = 4;  // COM1 on, at most 4
   bool keyboard = false;      // an i8042 with PS/2 keyboard (and mouse): without, systems do not look for one

@@ -14,7 +14,8 @@ constexpr uint8_t zero_op = 0x00, one_op = 0x01, name_op = 0x08, byte_prefix = 0
                   buffer_op = 0x11, package_op = 0x12, method_op = 0x14, dual_name_prefix = 0x2e,
                   multi_name_prefix = 0x2f, ext_prefix = 0x5b, local0_op = 0x60, arg0_op = 0x68,
                   store_op = 0x70, and_op = 0x7b, or_op = 0x7d, create_dword_field_op = 0x8a, lnot_op = 0x92,
-                  lequal_op = 0x93, if_op = 0xa0, else_op = 0xa1, return_op = 0xa4, ext_device_op = 0x82;
+                  notify_op = 0x86, ext_region_op = 0x80, ext_field_op = 0x81, lequal_op = 0x93, if_op = 0xa0,
+                  else_op = 0xa1, return_op = 0xa4, ext_device_op = 0x82;
 
 void append(Code& code, const Code& more) {
   code.insert(code.end(), more.begin(), more.end());
@@ -168,6 +169,25 @@ Code method(std::string_view object, unsigned arguments, const std::vector<Code>
               with_length(join({path(object), {static_cast<uint8_t>(arguments & 7)}, join(terms)})));
 }
 
+Code operation_region(std::string_view region, uint16_t port, uint8_t count) {
+  constexpr uint8_t system_io = 1;
+  return term({ext_prefix, ext_region_op}, join({path(region), {system_io}, integer(port), integer(count)}));
+}
+
+Code byte_field(std::string_view region, const std::vector<NamedByte>& fields) {
+  constexpr uint8_t byte_access_preserve = 1, reserved = 0, byte_bits = 8;
+  Code list;
+  unsigned at = 0;
+  for (const NamedByte& field : fields) {
+    // A length in bits; below 64 it is one byte, which is all that a few ports need.
+    if (field.offset > at) append(list, {reserved, static_cast<uint8_t>((field.offset - at) * byte_bits)});
+    append(list, segment(field.name));
+    list.push_back(byte_bits);
+    at = field.offset + 1;
+  }
+  return term({ext_prefix, ext_field_op}, with_length(join({path(region), {byte_access_preserve}, list})));
+}
+
 Code arg(unsigned index) {
   return {static_cast<uint8_t>(arg0_op + index)};
 }
@@ -188,6 +208,10 @@ Code equal(const Code& a, const Code& b) {
 }
 Code not_(const Code& a) {
   return term({lnot_op}, a);
+}
+
+Code notify(std::string_view object, uint64_t value) {
+  return term({notify_op}, join({path(object), integer(value)}));
 }
 
 Code if_(const Code& condition, const std::vector<Code>& terms) {
@@ -221,6 +245,13 @@ Code io_ports(uint16_t base, uint8_t count) {
 Code irq(unsigned line) {
   Code code{0x22};  // without flags: edge, active high, exclusive
   little_endian(code, 1u << line, 2);
+  return code;
+}
+
+Code gsi_level(uint32_t gsi) {
+  constexpr uint8_t consumer_level_high_shared = 0x09, one_interrupt = 1;
+  Code code{0x89, 6, 0, consumer_level_high_shared, one_interrupt};
+  little_endian(code, gsi, 4);
   return code;
 }
 

@@ -34,6 +34,15 @@ Code scope(std::string_view path, const std::vector<Code>& terms);
 Code device(std::string_view path, const std::vector<Code>& terms);
 Code method(std::string_view path, unsigned arguments, const std::vector<Code>& terms);
 
+// Ports that fields give names to, byte by byte: operation_region("PWR0", 0x600, 4) and
+// byte_field("PWR0", {{"EVST", 3}}): EVST is the byte at offset 3.
+Code operation_region(std::string_view path, uint16_t port, uint8_t count);
+struct NamedByte {
+  std::string_view name;
+  unsigned offset;  // ascending
+};
+Code byte_field(std::string_view region, const std::vector<NamedByte>& fields);
+
 // Statements and expressions inside methods.
 Code arg(unsigned index);
 Code local(unsigned index);
@@ -45,12 +54,14 @@ Code not_(const Code& a);
 Code if_(const Code& condition, const std::vector<Code>& terms);
 Code else_(const std::vector<Code>& terms);
 Code return_(const Code& value);
+Code notify(std::string_view object, uint64_t value);
 Code dword_field(const Code& buffer, const Code& byte_index, std::string_view field);
 
 // Resource descriptors and the template that holds them.
 Code resources(const std::vector<Code>& descriptors);
 Code io_ports(uint16_t base, uint8_t count);  // 16-bit decode, fixed
 Code irq(unsigned line);                      // ISA: edge, active high, exclusive
+Code gsi_level(uint32_t gsi);                 // IOAPIC input: level, active high, shared
 Code memory32(uint32_t base, uint32_t size);  // fixed, read and write
 // Windows that a bridge passes on.
 Code bus_numbers(uint16_t first, uint16_t last);

@@ -1,9 +1,11 @@
 // The DSDT: what cannot be found by probing.
 //
 // Modelled: processors, the PCI Express root with its windows, interrupt routing and _OSC, the ISA devices,
-// the fixed areas that belong to nobody else (PNP0C02), soft off. Interrupts of PCI functions go to IOAPIC
-// inputs directly; there are no PIRQ routers, so a system that runs without IOAPIC ("noapic") has no INTx.
-// Document: ACPI Specification 6.4; PCI Firmware Specification 3.2, section 4.5 (_OSC).
+// the fixed areas that belong to nobody else (PNP0C02), soft off. On a machine with hardware-reduced ACPI,
+// instead of PCI: the power button behind a generic event device, and VirtIO windows. Interrupts of PCI
+// functions go to IOAPIC inputs directly; there are no PIRQ routers, so a system that runs without IOAPIC
+// ("noapic") has no INTx. Document: ACPI Specification 6.4; PCI Firmware Specification 3.2, section 4.5
+// (_OSC).
 #include <fmt/format.h>
 
 #include "machine/acpi/acpi.hpp"
@@ -75,6 +77,36 @@ Code isa_device(std::string_view object, std::string_view id, unsigned number, c
                          name("_CRS", resources(descriptors))});
 }
 
+// Device and register: device/reduced_power. _EVT runs when the event interrupt comes; reading the events
+// takes them (5.6.9).
+Terms reduced_power() {
+  constexpr uint64_t power_button_event = 1, power_button_pressed = 0x80;
+  return {device("PWRB", {name("_HID", eisa_id("PNP0C0C")), name("_UID", integer(0))}),
+          device("GED0", {name("_HID", string("ACPI0013")), name("_UID", integer(0)),
+                          name("_CRS", resources({gsi_level(layout::sci_irq)})),
+                          operation_region("PWRR", layout::reduced_power_port, layout::reduced_power_size),
+                          byte_field("PWRR", {{"EVST", layout::reduced_power_events}}),
+                          method("_EVT", 1,
+                                 {store(path("EVST"), local(0)),
+                                  and_(local(0), integer(power_button_event), local(1)),
+                                  if_(local(1), {notify("PWRB", power_button_pressed)})})})};
+}
+
+// LNRO0005 is what Linux and others know for VirtIO over MMIO.
+Terms virtio_windows(const Config& config) {
+  Terms devices;
+  for (unsigned index = 0; const VirtioWindow& window : config.virtio) {
+    devices.push_back(
+        device(fmt::format("V{:03X}", index),
+               {name("_HID", string("LNRO0005")), name("_UID", integer(index)),
+                name("_CRS", resources({memory32(static_cast<uint32_t>(window.base),
+                                                 static_cast<uint32_t>(layout::virtio_mmio_size)),
+                                        gsi_level(window.gsi)}))}));
+    index++;
+  }
+  return devices;
+}
+
 Terms isa_devices(const Config& config) {
   Terms devices;
   for (unsigned index = 0; index < config.serial_ports; ++index) {
@@ -121,7 +153,9 @@ Code motherboard() {
 
 Code dsdt_code(const Config& config) {
   const Code soft_off = integer(layout::acpi_s5_type);
-  return join({processors(config), scope("\\_SB", {pci_root(), motherboard(), join(isa_devices(config))}),
+  const Code system = config.pc ? join({pci_root(), motherboard()})
+                                : join({join(reduced_power()), join(virtio_windows(config))});
+  return join({processors(config), scope("\\_SB", {system, join(isa_devices(config))}),
                name("\\_S5", package({soft_off, soft_off, integer(0), integer(0)}))});
 }
 

@@ -1,6 +1,7 @@
 // The fixed tables: RSDP, RSDT, XSDT, FADT, FACS, MADT, MCFG, HPET, WAET, WDAT.
 //
-// Fixed hardware as in device/acpi_pm: legacy mode at reset, ACPI mode by the SMI command port. Addresses
+// Fixed hardware as in device/acpi_pm: legacy mode at reset, ACPI mode by the SMI command port; or none of it
+// (hardware-reduced, 3.11.1), with the registers of device/reduced_power. Addresses
 // come from machine/layout.hpp. Documents: ACPI Specification 6.4, chapter 5; PCI Firmware Specification 3.2
 // (MCFG); IA-PC HPET Specification 1.0a, section 3.2.4 (HPET); Windows ACPI Emulated Devices Table (WAET);
 // Hardware Watchdog Timers Design Specification 1.01 (WDAT).
@@ -76,10 +77,10 @@ Bytes madt(const Config& config) {
   constexpr uint16_t level_active_high = 0x000d;
   constexpr uint8_t all_processors = 0xff, nmi_pin = 1;
   Fields fields;
-  fields.u32(layout::lapic_base).u32(has_8259);
+  fields.u32(layout::lapic_base).u32(config.pc ? has_8259 : 0);
   for (unsigned id = 0; id < config.cpus; ++id) fields.u8(0).u8(8).u8(id).u8(id).u32(1);
   fields.u8(1).u8(12).u8(0).u8(0).u32(layout::ioapic_base).u32(0);
-  fields.u8(2).u8(10).u8(0).u8(0).u32(2).u16(0);  // the timer, IRQ 0, is wired to input 2
+  if (config.pc) fields.u8(2).u8(10).u8(0).u8(0).u32(2).u16(0);  // the timer, IRQ 0, is wired to input 2
   fields.u8(2).u8(10).u8(0).u8(layout::sci_irq).u32(layout::sci_irq).u16(level_active_high);
   fields.u8(4).u8(6).u8(all_processors).u16(0).u8(nmi_pin);
   return table("APIC", 5, fields.take());
@@ -121,6 +122,24 @@ Bytes fadt(const Config& config, uint64_t facs_gpa, uint64_t dsdt_gpa) {
   f.port_address(timer, 32, 3).port_address(gpe0, layout::acpi_gpe0_size * 8u, 1).zeros(12);
   f.zeros(12).zeros(12);  // sleep control and status: only for hardware-reduced machines
   f.text("LODGE", 8);     // hypervisor vendor
+  return table("FACP", 6, f.take());
+}
+
+// 5.2.9 for hardware-reduced machines: whatever names fixed hardware stays zero, and there is no FACS.
+Bytes reduced_fadt(uint64_t dsdt_gpa) {
+  constexpr uint16_t legacy_devices = 1, no_vga = 4, no_rtc = 0x20;
+  constexpr uint32_t wbinvd = 1, c1_supported = 4, button_is_a_device = 0x10, no_sleep_button = 0x20,
+                     no_rtc_wake = 0x40, reset_register = 0x400, hardware_reduced = 0x10'0000;
+  constexpr uint16_t port = layout::reduced_power_port;
+  Fields f;
+  f.u32(0).u32(dsdt_gpa).u8(0).u8(0).zeros(109 - 46);
+  f.u16(legacy_devices | no_vga | no_rtc).u8(0);  // the serial port is what is left of legacy
+  f.u32(wbinvd | c1_supported | button_is_a_device | no_sleep_button | no_rtc_wake | reset_register |
+        hardware_reduced);
+  f.port_address(port + layout::reduced_power_reset, 8, 1).u8(layout::reset_value);
+  f.u16(0).u8(3).u64(0).u64(dsdt_gpa).zeros(8 * 12);
+  f.port_address(port, 8, 1).port_address(port + 1, 8, 1);
+  f.text("LODGE", 8);
   return table("FACP", 6, f.take());
 }
 
@@ -227,10 +246,11 @@ std::vector<Table> build(const Config& config) {
     tables.push_back({gpa, std::move(bytes)});
     return gpa;
   };
-  const uint64_t facs_gpa = add(facs(), 64);
+  const uint64_t facs_gpa = config.pc ? add(facs(), 64) : 0;
   const uint64_t dsdt_gpa = add(table("DSDT", 2, dsdt_code(config)));
-  std::vector<uint64_t> listed{add(fadt(config, facs_gpa, dsdt_gpa)), add(madt(config)), add(mcfg()),
-                               add(waet())};
+  std::vector<uint64_t> listed{add(config.pc ? fadt(config, facs_gpa, dsdt_gpa) : reduced_fadt(dsdt_gpa)),
+                               add(madt(config))};
+  if (config.pc) listed.push_back(add(mcfg())), listed.push_back(add(waet()));
   if (config.hpet) listed.push_back(add(hpet()));
   if (config.watchdog.ports != 0) listed.push_back(add(wdat(config.watchdog)));
   Fields narrow, wide;

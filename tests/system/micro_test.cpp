@@ -1,0 +1,75 @@
+// Debian's kernel on --machine micro: no PCI, VirtIO over MMIO found through ACPI, hardware-reduced power
+// management.
+#include <unistd.h>
+
+#include <csignal>
+#include <fstream>
+
+#include "system/guest.hpp"
+
+namespace lodge {
+namespace {
+
+using testing::ContainsRegex;
+using testing::Not;
+
+class Micro : public Boot {
+ protected:
+  static std::vector<std::string> micro(const std::string& append, std::vector<std::string> more = {}) {
+    more.insert(more.begin(), {"--machine", "micro"});
+    return command("cloud", append, std::move(more));
+  }
+};
+
+TEST_F(Micro, EveryDeviceWorksAndPowersOff) {
+  NEEDS_GUEST("cloud");
+  const std::string disk = testing::TempDir() + "lodge-micro-disk-" + std::to_string(::getpid());
+  const std::string port = testing::TempDir() + "lodge-micro-port-" + std::to_string(::getpid());
+  {
+    std::ofstream file(disk, std::ios::binary);
+    for (uint32_t i = 0; i < 2u << 20; i++) file.put(static_cast<char>(i * 2654435761u >> 24));
+  }
+  const std::string sum = testing_support::run({"/usr/bin/sha256sum", disk}, Seconds(60)).out.substr(0, 64);
+  Process process(micro(
+      "console=ttyS0 quiet lodge.mode=shell",
+      {"--cpus", "2", "--disk", disk + ",queues=2", "--net", "user", "--device", "virtio-rng", "--device",
+       "virtio-balloon", "--device", "virtio-console,console=null,port1=org.lodge.test:file:" + port}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  process.send(
+      "sha256sum /dev/vda; dd if=/dev/hwrng bs=4096 count=4 | wc -c; echo through >/dev/vport2p1; "
+      "ip link set eth0 up; udhcpc -q -n -i eth0 -s /bin/guest-dhcp; ping -c 1 10.0.2.2; "
+      "cat /sys/bus/virtio/devices/*/features | cut -c35 | sort | uniq -c; grep virtio /proc/interrupts; "
+      "ls /sys/bus/pci/devices | wc -l; echo script=$((40+2)); poweroff -f\n");
+  ASSERT_TRUE(process.wait_output("script=42", boot_patience)) << process.out() << process.err();
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+  const std::string out = process.out();
+  EXPECT_THAT(out, HasSubstr(sum + "  /dev/vda"));
+  EXPECT_THAT(out, HasSubstr("16384"));
+  EXPECT_THAT(out, HasSubstr("eth0 has 10.0.2.15"));
+  EXPECT_THAT(out, HasSubstr("1 packets received"));
+  EXPECT_THAT(out, ContainsRegex("5 1\r")) << "all five drivers have taken packed rings";
+  EXPECT_THAT(out, ContainsRegex("IO-APIC +1[6-9]-fasteoi +virtio"));
+  std::ifstream file(port);
+  std::string text;
+  std::getline(file, text);
+  EXPECT_EQ(text, "through");
+  std::filesystem::remove(disk);
+  std::filesystem::remove(port);
+}
+
+// The guest has no driver for the button, but its event device takes the event; then it resets.
+TEST_F(Micro, ThePowerButtonReachesTheGuestAndAResetTheMachine) {
+  NEEDS_GUEST("cloud");
+  Process process(micro("console=ttyS0 quiet lodge.mode=shell"));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  process.signal(SIGTERM);
+  process.send(
+      "until grep Ged /proc/interrupts | grep ' 1 '; do sleep 0.1; done; echo taken=$((1+1)); reboot -f\n");
+  ASSERT_TRUE(process.wait_output("taken=2", answer_patience)) << process.out() << process.err();
+  EXPECT_EQ(process.wait_exit(answer_patience), 4) << process.out() << process.err();
+}
+
+}  // namespace
+}  // namespace lodge
