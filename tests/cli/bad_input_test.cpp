@@ -56,6 +56,22 @@ class BadInput : public testing::Test {
 TEST_F(BadInput, NoCommand) {
   refused({}, "lodge --help");
 }
+TEST_F(BadInput, AMachineThatThereIsNot) {
+  run_refused({"--machine", "nano"}, "choose pc or micro");
+}
+TEST_F(BadInput, WhatTheMicroMachineLacks) {
+  const std::vector<std::string> micro = {"--machine", "micro"};
+  const auto micro_refused = [&](std::vector<std::string> more, const std::string& part) {
+    more.insert(more.begin(), micro.begin(), micro.end());
+    run_refused(std::move(more), part);
+  };
+  micro_refused({"--device", "virtio-rng,slot=5"}, "slot=5: --machine micro has no PCI");
+  micro_refused({"--device", "virtio-rng,legacy=on"}, "legacy=on: --machine micro has no PCI");
+  micro_refused({"--serial", "null", "--serial", "null"}, "--machine micro has one serial port");
+}
+TEST_F(BadInput, APciSlotThatIsTaken) {
+  run_refused({"--device", "virtio-rng,slot=5", "--device", "virtio-balloon,addr=5"}, "taken by virtio-rng");
+}
 TEST_F(BadInput, UnknownCommand) {
   refused({"fly"}, "fly");
 }
