@@ -38,6 +38,8 @@ class Chipset {
   virtual void devices_are_in() {}
   // What of the chipset the ACPI tables say.
   virtual void describe(machine::acpi::Config& tables) const = 0;
+  // Takes layout::reset_value.
+  virtual uint16_t reset_port() const noexcept = 0;
   // Any thread. False when it is known that no driver of the guest would see it.
   virtual bool press_power_button() noexcept = 0;
 };

@@ -61,6 +61,23 @@ void set_up_vcpu(kvm::Vcpu& vcpu, bool takes_8259) {
   }
 }
 
+// What stands where a BIOS is entered after a reset, F000:FFF0: a reset of the machine. Linux restarts
+// through it with reboot=bios, and on hardware-reduced machines always, because it asks EFI there and has
+// none.
+void install_reset_vector(machine::GuestMemory& memory, uint16_t reset_port) {
+  constexpr uint64_t reset_vector = 0xffff0;
+  const std::array<uint8_t, 9> code = {0xba,
+                                       static_cast<uint8_t>(reset_port),
+                                       static_cast<uint8_t>(reset_port >> 8),  // mov dx, port
+                                       0xb0,
+                                       layout::reset_value,  // mov al, value
+                                       0xee,                 // out dx, al
+                                       0xf4,                 // hlt
+                                       0xeb,
+                                       0xfd};  // jmp to the hlt
+  memory.write(reset_vector, code);
+}
+
 }  // namespace
 
 Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Backends& backends,
@@ -173,6 +190,7 @@ void Machine::describe(const VmConfig& config) {
     if (entry.function == 1) smbios.cpuid_eax = entry.eax, smbios.cpuid_edx = entry.edx;
   }
   machine::smbios::install(smbios, memory_);
+  install_reset_vector(memory_, chipset_->reset_port());
 }
 
 // A kernel that the guest has installed counts from the next reset on: the disk is read as it is now.

@@ -28,6 +28,9 @@ class MicroChipset final : public Chipset {
     tables.pc = tables.hpet = tables.rtc = false;
     for (const auto& place : slots_.taken()) tables.virtio.push_back({place.base, place.gsi});
   }
+  uint16_t reset_port() const noexcept override {
+    return layout::reduced_power_port + layout::reduced_power_reset;
+  }
   bool press_power_button() noexcept override {
     power_.press_power_button();
     return true;

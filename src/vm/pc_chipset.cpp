@@ -31,6 +31,7 @@ class PcChipset final : public Chipset {
   device::pci::Root* pci() noexcept override { return &pci_; }
   void devices_are_in() override { device::pci::assign_resources(pci_); }
   void describe(machine::acpi::Config& tables) const override { tables.pc = tables.fw_cfg = true; }
+  uint16_t reset_port() const noexcept override { return layout::reset_port; }
   bool press_power_button() noexcept override { return pm_.press_power_button(); }
 
  private:

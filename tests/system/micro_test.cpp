@@ -37,7 +37,8 @@ TEST_F(Micro, EveryDeviceWorksAndPowersOff) {
   ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
       << process.out() << process.err();
   process.send(
-      "sha256sum /dev/vda; dd if=/dev/hwrng bs=4096 count=4 | wc -c; echo through >/dev/vport2p1; "
+      "sha256sum /dev/vda; dd if=/dev/hwrng bs=4096 count=4 | wc -c; echo through >/dev/$(grep -l org.lodge "
+      "/sys/class/virtio-ports/*/name | cut -d/ -f5); "
       "ip link set eth0 up; udhcpc -q -n -i eth0 -s /bin/guest-dhcp; ping -c 1 10.0.2.2; "
       "cat /sys/bus/virtio/devices/*/features | cut -c35 | sort | uniq -c; grep virtio /proc/interrupts; "
       "ls /sys/bus/pci/devices | wc -l; echo script=$((40+2)); poweroff -f\n");
