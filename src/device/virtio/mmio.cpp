@@ -55,6 +55,7 @@ MmioTransport::~MmioTransport() {
 }
 
 void MmioTransport::mounted(uint64_t base) {
+  if (device_->description().quick && doorbells_.windows_are_cheaper()) return;
   const bool only_queue = device_->queues() == 1;
   for (unsigned queue = 0; queue < device_->queues(); queue++) {
     machine::Doorbell doorbell{};
@@ -130,7 +131,7 @@ void MmioTransport::write(uint64_t offset, unsigned size, uint64_t value) noexce
   switch (offset) {
     case QUEUE_NOTIFY: {
       const unsigned queue = word & 0xffff;  // what is above are notification data
-      if (queue < device_->queues()) signal_event(device_->kick_fd(queue));
+      if (queue < device_->queues()) device_->notified(queue);
       break;
     }
     case INTERRUPT_ACK: acknowledge(word); break;
