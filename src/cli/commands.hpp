@@ -8,5 +8,6 @@ namespace lodge::cli {
 int run(const RunCommand& command);
 int doctor(const DoctorCommand& command);
 int image(const ImageCommand& command);
+int build_image(const ImageCommand& command);
 
 }  // namespace lodge::cli

@@ -287,6 +287,7 @@ int image(const ImageCommand& command) {
     case ImageCommand::Action::resize: return resize(command);
     case ImageCommand::Action::snapshot: return snapshot(command);
     case ImageCommand::Action::rebase: return rebase(command);
+    case ImageCommand::Action::build: return build_image(command);
   }
   return 0;
 }

@@ -134,6 +134,37 @@ void describe_rebase(CLI::App& group, RawImageOptions& raw) {
       "  lodge image rebase --no-backing overlay.qcow2\n");
 }
 
+void describe_build(CLI::App& group, RawImageOptions& raw) {
+  auto* build = group.add_subcommand("build", "Make a disk with an installed Debian, without root");
+  const auto value = [&](const char* name, std::string& text, const char* help, const char* type) {
+    return build->add_option(name, text, help)->type_name(type);
+  };
+  value("--output", raw.file, "the image; must not exist", "FILE")->required();
+  value("--distribution", raw.distribution, "debian", "NAME")->capture_default_str();
+  value("--suite", raw.suite, "the release: bookworm, trixie, sid...", "NAME")->capture_default_str();
+  value("--size", raw.build_size, "of the disk; the image has only what is used", "SIZE")
+      ->capture_default_str();
+  build->add_option("--package", raw.packages, "another package; repeatable")
+      ->type_name("NAME")
+      ->allow_extra_args(false);
+  value("--hostname", raw.hostname, "the machine's name", "NAME")->capture_default_str();
+  value("--ssh-key", raw.ssh_key, "who may log in as root by SSH: a public key, or a file with one", "KEY");
+  value("--password", raw.password,
+        "of root on the console (without: logged in there unasked, and nowhere else)", "TEXT");
+  value("--mirror", raw.mirror, "of Debian's archive (default: deb.debian.org)", "URL");
+  add_format(*build, raw, "qcow2 or raw (default: qcow2)");
+  build->add_flag("--verbose", raw.verbose, "show what the tools print");
+  build->add_flag("--json", raw.json, "print the result as JSON");
+  add_progress(*build, raw);
+  build->footer(
+      "\nNeeds the Debian packages mmdebstrap, e2fsprogs and, when not run by root, uidmap.\n"
+      "\nExamples:\n"
+      "  lodge image build --output debian.qcow2\n"
+      "  lodge image build --output web.qcow2 --hostname web --package nginx --ssh-key "
+      "~/.ssh/id_ed25519.pub\n"
+      "  lodge run --forward 2222:22 web.qcow2\n");
+}
+
 }  // namespace
 
 void describe_image(CLI::App& app, RawImageOptions& raw) {
@@ -144,6 +175,7 @@ void describe_image(CLI::App& app, RawImageOptions& raw) {
       "  lodge image create disk.qcow2 20G\n"
       "  lodge image convert --compress debian.raw debian.qcow2\n"
       "  lodge image snapshot disk.qcow2 --create before-upgrade\n");
+  describe_build(*image, raw);
   describe_create(*image, raw);
   describe_info(*image, raw);
   describe_check(*image, raw);
@@ -197,9 +229,26 @@ ImageCommand::Action action_of(const std::string& name) {
                                                                            {convert, "convert"},
                                                                            {resize, "resize"},
                                                                            {snapshot, "snapshot"},
-                                                                           {rebase, "rebase"}})
+                                                                           {rebase, "rebase"},
+                                                                           {build, "build"}})
     if (name == text) return action;
   return info;
+}
+
+}  // namespace
+
+namespace {
+
+void understand_build(const detail::RawImageOptions& raw, ImageCommand& c) {
+  one_of("--distribution", raw.distribution, {"debian"});
+  c.size = parse_bytes("--size", raw.build_size);
+  c.disk = {.suite = raw.suite,
+            .mirror = raw.mirror,
+            .hostname = raw.hostname,
+            .password = raw.password,
+            .ssh_key = raw.ssh_key,
+            .packages = raw.packages};
+  c.verbose = raw.verbose;
 }
 
 }  // namespace
@@ -243,6 +292,7 @@ ImageCommand understand_image(const std::string& action, const detail::RawImageO
   if (!size.empty()) c.size = parse_bytes("size", size);
   if (c.action == ImageCommand::Action::create && size.empty() && !c.backing)
     usage_error("image create: say how large the disk is, like 'lodge image create {} 20G'", c.file);
+  if (c.action == ImageCommand::Action::build) understand_build(raw, c);
   c.list = raw.list;
   c.create_name = raw.create_name;
   c.apply_name = raw.apply_name;

@@ -5,11 +5,14 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
+
+#include "distribution/debian.hpp"
 
 namespace lodge::cli {
 
 struct ImageCommand {
-  enum class Action { create, info, check, convert, resize, snapshot, rebase };
+  enum class Action { create, info, check, convert, resize, snapshot, rebase, build };
   Action action = Action::info;
   std::string file, target;  // target: of convert
   std::string format;        // of the file, or of what is made; empty: by contents, or qcow2
@@ -32,6 +35,9 @@ struct ImageCommand {
   std::string create_name, apply_name, delete_name;
   // rebase
   bool no_backing = false, unsafe = false, chain = false;
+  // build: `file`, `size`, `format` and
+  distribution::DebianDisk disk;  // ssh_key: or a file with it
+  bool verbose = false;
 };
 
 namespace detail {
@@ -40,6 +46,10 @@ struct RawImageOptions {
   std::string file, target, format, source_format, size, backing, backing_format, data_file, repair,
       cluster_size = "64K", refcount_bits = "16", version = "3", compression = "zlib", preallocation = "off";
   std::string create_name, apply_name, delete_name;
+  std::string distribution = "debian", suite = "bookworm", build_size = "4G", mirror, hostname = "debian",
+              password, ssh_key;
+  std::vector<std::string> packages;
+  bool verbose = false;
   bool json = false, progress = false, lazy_refcounts = false, subclusters = false, raw_data = false,
        compress = false, shrink = false, list = false, no_backing = false, unsafe = false, chain = false;
 };

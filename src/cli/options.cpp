@@ -27,6 +27,7 @@ Examples:
   lodge run --kernel vmlinuz --initrd initramfs --vsock cid=3,path=/tmp/vm.sock
   lodge run --kernel vmlinuz --append root=/dev/vda --disk server.qcow2 --watchdog reset
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
+  lodge image build --output debian.qcow2
   lodge image create disk.qcow2 20G
   lodge doctor
   source <(lodge completion bash)
@@ -165,6 +166,8 @@ Values values_of(const std::string& option) {
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--machine") return {{"pc", "micro"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
+  if (option == "--distribution") return {{"debian"}, false};
+  if (option == "--ssh-key" || option == "--output") return {{}, true};
   if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
   if (option == "--format" || option == "--source-format" || option == "--backing-format")
     return {{"raw", "qcow2"}, false};

@@ -1,0 +1,96 @@
+#include "distribution/debian.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include "base/error.hpp"
+#include "base/fd.hpp"
+#include "distribution/tool.hpp"
+
+namespace lodge::distribution {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+DebianDisk good() {
+  DebianDisk disk;
+  disk.size = 4ull << 30;
+  return disk;
+}
+
+std::string refusal(const DebianDisk& disk) {
+  try {
+    check(disk);
+    return "";
+  } catch (const UsageError& error) {
+    return error.what();
+  }
+}
+
+TEST(DebianDisk, WhatCannotBeMeantIsRefusedByItsOption) {
+  EXPECT_EQ(refusal(good()), "");
+  const auto with = [](auto change) {
+    DebianDisk disk = good();
+    change(disk);
+    return refusal(disk);
+  };
+  EXPECT_THAT(with([](auto& d) { d.size = 100 << 20; }), HasSubstr("--size"));
+  EXPECT_THAT(with([](auto& d) { d.suite = "$(id)"; }), HasSubstr("--suite"));
+  EXPECT_THAT(with([](auto& d) { d.hostname = "-a"; }), HasSubstr("--hostname"));
+  EXPECT_THAT(with([](auto& d) { d.hostname = ""; }), HasSubstr("--hostname"));
+  EXPECT_THAT(with([](auto& d) { d.packages = {"fio", "--simulate"}; }), HasSubstr("--package"));
+  EXPECT_THAT(with([](auto& d) { d.packages = {"a,b"}; }), HasSubstr("--package"));
+  EXPECT_THAT(with([](auto& d) { d.password = "a:b"; }), HasSubstr("--password"));
+  EXPECT_THAT(with([](auto& d) { d.ssh_key = "one\ntwo"; }), HasSubstr("--ssh-key"));
+  EXPECT_THAT(with([](auto& d) { d.mirror = "somewhere"; }), HasSubstr("--mirror"));
+}
+
+TEST(DebianProgress, RisesWithThePackages) {
+  std::vector<unsigned> seen;
+  std::string last;
+  detail::Progress progress([&](std::string_view what, unsigned percent) {
+    seen.push_back(percent);
+    last = what;
+  });
+  for (const char* line : {"I: running apt-get update...", "I: downloading packages with apt...",
+                           "0 upgraded, 2 newly installed, 0 to remove and 0 not upgraded.",
+                           "Get:1 http://deb.debian.org/a", "Unpacking a (1) ...", "Setting up a (1) ...",
+                           "I: installing remaining packages inside the chroot...",
+                           "0 upgraded, 1 newly installed, 0 to remove and 0 not upgraded.",
+                           "Setting up b (1) ...", "lodge: making the file system"})
+    progress.line(line);
+  EXPECT_THAT(seen, ElementsAre(0, 5, 5, 10, 15, 20, 35, 35, 53, 92));
+  EXPECT_EQ(last, "making the file system");
+}
+
+TEST(Tool, AMissingOneIsNamedWithItsPackage) {
+  try {
+    find_tool("lodge-has-no-such-tool", "some-package");
+    FAIL();
+  } catch (const UsageError& error) {
+    EXPECT_STREQ(error.what(), "lodge-has-no-such-tool is missing; install the Debian package some-package");
+  }
+}
+
+TEST(Tool, LinesEnvironmentDescriptorAndStatusArrive) {
+  int ends[2];
+  ASSERT_EQ(::pipe(ends), 0);
+  const Fd from(ends[0]), to(ends[1]);
+  std::vector<std::string> lines;
+  const int status =
+      run_tool({.arguments = {find_tool("sh", "dash"), "-c",
+                              "echo one; echo \"$LODGE_X\" >&2; printf five >&9; echo three; exit 7"},
+                .environment = {{"LODGE_X", "two"}},
+                .inherited = to.get()},
+               [&](std::string_view line) { lines.emplace_back(line); });
+  EXPECT_EQ(status, 7);
+  EXPECT_THAT(lines, ElementsAre("one", "two", "three"));
+  char buffer[8] = {};
+  EXPECT_EQ(::read(from.get(), buffer, sizeof buffer), 4);
+  EXPECT_STREQ(buffer, "five");
+}
+
+}  // namespace
+}  // namespace lodge::distribution
