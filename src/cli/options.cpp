@@ -26,6 +26,7 @@ Examples:
   lodge run --kernel vmlinuz --initrd initramfs --share /home/me/src:src,readonly
   lodge run --kernel vmlinuz --initrd initramfs --vsock cid=3,path=/tmp/vm.sock
   lodge run --kernel vmlinuz --append root=/dev/vda --disk server.qcow2 --watchdog reset
+  lodge run --kernel vmlinuz --initrd initramfs --net tap,ifname=tap0 --net stream,listen=/tmp/cable
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image build --output debian.qcow2
   lodge image create disk.qcow2 20G
@@ -99,10 +100,13 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   run->add_option("--serial", raw.serial, "a serial port: stdio, file:PATH, pty or null; up to 4 times")
       ->type_name("WHERE")
       ->allow_extra_args(false);
-  run->add_option("--net", raw.net,
-                  "user: a network card behind a NAT that needs no privilege; or none (default: none, with a "
-                  "DISK user)")
-      ->type_name("KIND");
+  run->add_option(
+         "--net", raw.networks,
+         "a network card: user[,...], tap,ifname=NAME[,queues=N] or stream,listen=ADDRESS or "
+         "connect=ADDRESS; each also with mac=, mtu=, pcap=FILE, rate=SIZE; or none; repeatable (default: "
+         "none, with a DISK user)")
+      ->type_name("NETWORK")
+      ->allow_extra_args(false);
   run->add_option(
          "--forward", raw.forwards,
          "a port of the host that leads into the guest: [udp:][ADDRESS:]HOST:GUEST; implies --net user; "
@@ -176,7 +180,7 @@ Values values_of(const std::string& option) {
   if (option == "--preallocation") return {{"off", "full"}, false};
   if (option == "--serial" || option == "--console") return {{"stdio", "file:", "pty", "null"}, false};
   if (option == "--watchdog") return {{"reset", "poweroff", "none"}, false};
-  if (option == "--net") return {{"user", "none"}, false};
+  if (option == "--net") return {{"user", "tap,ifname=", "stream,listen=", "stream,connect=", "none"}, false};
   if (option == "--cpu") return {{vm::cpu_models().begin(), vm::cpu_models().end()}, false};
   if (option == "shell") return {{"bash", "zsh", "fish"}, false};
   if (option == "--device") {
@@ -205,6 +209,24 @@ void add_boot_disk(const detail::RawOptions& raw, vm::VmConfig& config) {
   }
 }
 
+// Forwards belong to the first user-mode network, which they imply.
+void add_networks(const detail::RawOptions& raw, vm::VmConfig& config) {
+  std::vector<vm::DeviceConfig> cards;
+  if (raw.networks.empty() && !raw.boot_disk.empty()) cards.push_back(vm::parse_network("--net", "user"));
+  for (const auto& text : raw.networks)
+    if (text != "none") cards.push_back(vm::parse_network("--net", text));
+  if (!raw.forwards.empty()) {
+    for (const auto& text : raw.forwards) net::parse_forward("--forward", text);
+    const auto is_user = [](const vm::DeviceConfig& card) { return card.options.at("net") == "user"; };
+    auto user = std::ranges::find_if(cards, is_user);
+    if (user == cards.end()) user = cards.insert(cards.end(), {"virtio-net", {{"net", "user"}}});
+    auto& forward = user->options["forward"];
+    if (!forward.empty()) forward += "+";
+    forward += fmt::format("{}", fmt::join(raw.forwards, "+"));
+  }
+  std::ranges::move(cards, std::back_inserter(config.devices));
+}
+
 RunCommand understand_run(const detail::RawOptions& raw) {
   RunCommand command;
   auto& config = command.config;
@@ -224,24 +246,19 @@ RunCommand understand_run(const detail::RawOptions& raw) {
     config.serial.clear();
     for (const auto& text : raw.serial) config.serial.push_back(vm::parse_serial("--serial", text));
   }
-  std::string console = raw.console, net = raw.net;
+  std::string console = raw.console;
   if (raw.boot_disk.empty()) {
     if (raw.snapshot) usage_error("--snapshot: is for the disk that is booted; give --disk FILE,snapshot");
   } else {
     add_boot_disk(raw, config);
     if (console.empty() && raw.serial.empty()) console = "stdio";
-    if (net.empty()) net = "user";
   }
   if (!console.empty()) {
     vm::parse_serial("--console", console);
     if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
     config.devices.push_back({"virtio-console", {{"console", console}}});
   }
-  if (!net.empty() && net != "none" && net != "user")
-    usage_error("--net: unknown network '{}'; choose user or none", net);
-  for (const auto& text : raw.forwards) net::parse_forward("--forward", text);
-  if (net == "user" || !raw.forwards.empty())
-    config.devices.push_back({"virtio-net", {{"forward", fmt::format("{}", fmt::join(raw.forwards, "+"))}}});
+  add_networks(raw, config);
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
   if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));

@@ -42,8 +42,8 @@ namespace detail {
 struct RawOptions {
   std::string kernel, append, cpus = "1", memory = "512M", machine = "pc", accel = "auto",
                               engine = "translate", code_cache = "64M", cpu = "host", name = "lodge", console,
-                              net, shell, boot_disk;
-  std::vector<std::string> initrds, serial, disks, forwards, devices;
+                              shell, boot_disk;
+  std::vector<std::string> initrds, serial, disks, networks, forwards, devices;
   std::vector<std::string> shares;
   std::string vsock, watchdog;
   bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,

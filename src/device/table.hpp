@@ -18,7 +18,7 @@
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
 #include "machine/memory.hpp"
-#include "net/backend.hpp"
+#include "net/config.hpp"
 
 namespace lodge::device {
 
@@ -47,9 +47,8 @@ struct DeviceContext {
   // also when another device of this machine has it.
   std::function<std::shared_ptr<block::Image>(const std::string& path, const block::OpenOptions& options)>
       open_disk;
-  // User-mode networking with these forwards ("2222:22", joined by '+'), or what the same card had before a
-  // machine reset. Throws UsageError.
-  std::function<std::shared_ptr<net::Backend>(const std::string& forwards)> open_user_network;
+  // A network as described, or what the same card had before a machine reset. Throws UsageError.
+  std::function<std::shared_ptr<net::Backend>(const net::Config& config)> open_network;
   // Where VirtIO devices go. One of the two is null: a machine has PCI, or windows on the memory bus.
   pci::Root* pci;
   virtio::MmioSlots* virtio_mmio;

@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "base/error.hpp"
-#include "net/user.hpp"
 
 namespace lodge::vm {
 
@@ -59,17 +58,10 @@ block::Image& Backends::disk(const std::string& path) {
   return *found->second;
 }
 
-std::shared_ptr<net::Backend> Backends::open_user_network(const std::string& forwards) {
-  const auto [first, last] = networks_.equal_range(forwards);
-  for (auto network = first; network != last; ++network)
-    if (network->second.use_count() == 1) return network->second;  // its card went with a reset
-  std::vector<net::Forward> all;
-  for (size_t at = 0; at < forwards.size();) {
-    const size_t plus = std::min(forwards.find('+', at), forwards.size());
-    all.push_back(net::parse_forward("--forward", std::string_view(forwards).substr(at, plus - at)));
-    at = plus + 1;
-  }
-  return networks_.emplace(forwards, net::open_user_network(all))->second;
+std::shared_ptr<net::Backend> Backends::open_network(const net::Config& config) {
+  for (const auto& [known, network] : networks_)
+    if (known == config && network.use_count() == 1) return network;  // its card went with a reset
+  return networks_.emplace_back(config, net::open_network(config)).second;
 }
 
 void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {

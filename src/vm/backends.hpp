@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "block/image.hpp"
-#include "net/backend.hpp"
+#include "net/config.hpp"
 #include "vm/config.hpp"
 #include "vm/stream.hpp"
 
@@ -32,8 +32,8 @@ class Backends {
   std::shared_ptr<block::Image> open_disk(const std::string& path, const block::OpenOptions& options);
   // The image that a device has opened by this path. Throws UsageError when none has.
   block::Image& disk(const std::string& path);
-  // A user-mode network with these forwards, joined by '+'. It outlives machine resets. Throws UsageError.
-  std::shared_ptr<net::Backend> open_user_network(const std::string& forwards);
+  // The network that `config` describes. It outlives machine resets. Throws UsageError.
+  std::shared_ptr<net::Backend> open_network(const net::Config& config);
   // The pseudo-terminals that devices have opened: the option and the path.
   const std::vector<std::pair<std::string, std::string>>& device_terminals() const noexcept {
     return device_terminals_;
@@ -63,7 +63,7 @@ class Backends {
   std::set<std::string> readers_;  // the options that have it
   std::vector<std::pair<std::string, std::string>> device_terminals_;
   std::map<std::string, std::shared_ptr<block::Image>> disks_;
-  std::multimap<std::string, std::shared_ptr<net::Backend>> networks_;
+  std::vector<std::pair<net::Config, std::shared_ptr<net::Backend>>> networks_;
   std::vector<File> files_;
   bool kept_ = false;
   std::vector<std::shared_ptr<Stream>> serial_;

@@ -219,6 +219,14 @@ DeviceConfig parse_share(std::string_view option, std::string_view text) {
   return share;
 }
 
+DeviceConfig parse_network(std::string_view option, std::string_view text) {
+  DeviceConfig card = parse_device(option, fmt::format("virtio-net,net={}", text));
+  const std::string& kind = card.options.at("net");
+  if (kind != "user" && kind != "tap" && kind != "stream")
+    usage_error("{}: unknown network '{}'; choose user, tap, stream or none", option, kind);
+  return card;
+}
+
 bool uses_terminal(const VmConfig& config) noexcept {
   const auto console = [](const DeviceConfig& device) {
     if (device.name != "virtio-console") return false;

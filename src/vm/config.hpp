@@ -70,6 +70,9 @@ DeviceConfig parse_disk(std::string_view option, std::string_view text);
 // PATH:TAG[,OPTION[=VALUE]...] as options of virtio-fs.
 DeviceConfig parse_share(std::string_view option, std::string_view text);
 
+// KIND[,OPTION=VALUE]... as options of virtio-net. Checked against that device's own table.
+DeviceConfig parse_network(std::string_view option, std::string_view text);
+
 // Whether a serial port or a console is on the user's terminal.
 bool uses_terminal(const VmConfig& config) noexcept;
 

@@ -144,5 +144,14 @@ TEST_F(Validate, RefusesUnknownCpuAndBadName) {
   EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--name")));
 }
 
+TEST(Networks, AreOptionsOfTheirCard) {
+  const DeviceConfig tap = parse_network("--net", "tap,ifname=tap0,queues=2");
+  EXPECT_EQ(tap.name, "virtio-net");
+  EXPECT_EQ(tap.options,
+            (std::map<std::string, std::string>{{"net", "tap"}, {"ifname", "tap0"}, {"queues", "2"}}));
+  for (const char* wrong : {"", "wire", "user,x", "user,net=tap"})
+    EXPECT_THROW(parse_network("--net", wrong), UsageError) << wrong;
+}
+
 }  // namespace
 }  // namespace lodge::vm

@@ -132,8 +132,7 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
           -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option, input); },
       .open_disk = [this](const std::string& path,
                           const block::OpenOptions& options) { return backends_.open_disk(path, options); },
-      .open_user_network =
-          [this](const std::string& forwards) { return backends_.open_user_network(forwards); },
+      .open_network = [this](const net::Config& network) { return backends_.open_network(network); },
       .pci = chipset_->pci(),
       .virtio_mmio = chipset_->virtio_mmio(),
       .msi = platform_,

@@ -81,6 +81,31 @@ TEST_F(BadInput, UnknownOption) {
 TEST_F(BadInput, OptionWithoutItsValue) {
   run_refused({"--cpus"}, "--cpus");
 }
+TEST_F(BadInput, Networks) {
+  for (const auto& [text, part] : std::vector<std::pair<std::string, std::string>>{
+           {"wire", "choose user, tap, stream or none"},
+           {"user,color=red", "color"},
+           {"user,ifname=tap0", "ifname"},
+           {"user,queues=2", "only a tap has several queues"},
+           {"user,mtu=20", "mtu=20"},
+           {"user,mac=1:2", "mac=1:2"},
+           {"user,mac=01:00:00:00:00:00", "mac=01"},
+           {"user,rate=fast", "rate=fast"},
+           {"user,forward=1", "--forward"},
+           {"user,pcap=" + dir_ + "/none/file", "pcap="},
+           {"tap", "ifname=NAME"},
+           {"tap,ifname=a-name-that-is-too-long", "ifname=a-name"},
+           {"tap,fd=x", "fd=x"},
+           {"tap,fd=333", "fd=333"},
+           {"tap,ifname=t,queues=17", "queues"},
+           {"stream", "listen=ADDRESS"},
+           {"stream,listen=x", "HOST:PORT"},
+           {"stream,listen=" + dir_ + "/none/socket", "listen="},
+           {"stream,connect=1.2.3.4:5,listen=1.2.3.4:5", "one of"},
+           {"stream,connect=127.0.0.1:1,reconnect=1", "reconnect"}})
+    run_refused({"--net", text}, part);
+  run_refused({"--forward", "1:2:3:4"}, "--forward");
+}
 TEST_F(BadInput, NoKernel) {
   refused({"run"}, "--kernel");
 }

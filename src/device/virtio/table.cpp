@@ -1,8 +1,6 @@
 // The rows of the VirtIO devices.
 #include <fmt/format.h>
 
-#include <cstdio>
-
 #include "base/error.hpp"
 #include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
@@ -10,7 +8,7 @@
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/file_system.hpp"
 #include "device/virtio/mount.hpp"
-#include "device/virtio/network.hpp"
+#include "device/virtio/network_options.hpp"
 #include "device/virtio/vsock.hpp"
 
 namespace lodge::device::virtio {
@@ -100,36 +98,6 @@ std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const De
   return std::make_unique<MountedDisk>(mount(context, options, std::move(block), Served::by_itself), disk);
 }
 
-constexpr auto network_options = options_with_common(
-    OptionSchema{"forward", "", "", "ports of the host that lead into the guest: HOST:GUEST, joined by '+'"},
-    OptionSchema{"mac", "", "auto", "the card's address, for example 52:54:00:12:34:56"},
-    OptionSchema{"mtu", "host_mtu", "0", "the largest packet, 68 to 65535; 0: the guest's choice"});
-
-// Locally administered, and another one for each slot.
-Mac parse_mac(const std::string& text, unsigned slot) {
-  if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(slot)};
-  Mac mac{};
-  int length = 0;
-  const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
-                                &mac[2], &mac[3], &mac[4], &mac[5], &length);
-  if (count != 6 || static_cast<size_t>(length) != text.size() || text.size() != 17 || mac[0] & 1)
-    usage_error("--device virtio-net,mac={}: give six bytes of a single card, for example 52:54:00:12:34:56",
-                text);
-  return mac;
-}
-
-std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options) {
-  const unsigned slot = options.text("slot") == "auto" ? next_place(context) : 0;
-  Network::Config config{.mac = parse_mac(options.text("mac"), slot)};
-  config.mtu = static_cast<uint16_t>(options.number("mtu", 0, 65535));
-  if (config.mtu != 0 && config.mtu < 68)
-    usage_error("--device virtio-net,mtu={}: give 68 to 65535", config.mtu);
-  return mount(context, options,
-               std::make_unique<Network>(context.ram, context.open_user_network(options.text("forward")),
-                                         config, ring_features(options)),
-               Served::by_itself);
-}
-
 constexpr auto vsock_options =
     options_of_modern(OptionSchema{"cid", "guest-cid", "3", "the guest's number, 3 to 0xfffffffe"},
                       OptionSchema{"path", "uds_path", "",
@@ -186,8 +154,7 @@ constexpr std::array table{
                      make_console},
     DeviceDescriptor{"virtio-fs", "a folder of the host (Linux: mount -t virtiofs TAG DIRECTORY)",
                      file_system_options, make_file_system},
-    DeviceDescriptor{"virtio-net", "a network card with user-mode NAT (Linux: eth0)", network_options,
-                     make_network},
+    DeviceDescriptor{"virtio-net", "a network card (Linux: eth0)", network_options, make_network},
     DeviceDescriptor{
         "virtio-rng", "random numbers from the host (Linux: /dev/hwrng)", entropy_options,
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {

@@ -1,0 +1,155 @@
+#include "net/interposer.hpp"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <sys/stat.h>
+
+#include <cstring>
+#include <deque>
+#include <fstream>
+
+#include "base/error.hpp"
+#include "base/token_bucket.hpp"
+#include "net/testing.hpp"
+
+namespace lodge::net {
+namespace {
+
+using testing::Bytes;
+using testing::frame_of;
+using testing::Listener;
+using testing::send;
+
+// A network that keeps what it gets and has what a test puts into it.
+class Plain final : public Backend, public Source {
+ public:
+  void connect(Card& plugged, EventLoop&) noexcept override { card = &plugged; }
+  void disconnect() noexcept override { card = nullptr; }
+  bool send(unsigned, const PacketHeader&, std::span<const iovec> pieces) noexcept override {
+    if (blocked) return false;
+    bytes_sent += total_size(pieces);
+    return true;
+  }
+  void receive_ready(unsigned) noexcept override {
+    while (card->receive(0, *this) == Card::Received::some) {
+    }
+  }
+  size_t largest() noexcept override { return waiting.empty() ? 0 : waiting.front().size(); }
+  size_t read(PacketHeader&, std::span<const iovec> room) noexcept override {
+    const size_t size = scatter(waiting.front(), room);
+    waiting.pop_front();
+    return size;
+  }
+  Card* card = nullptr;
+  bool blocked = false;
+  std::atomic<size_t> bytes_sent = 0;
+  std::deque<Bytes> waiting;
+};
+
+uint32_t get32(const std::string& bytes, size_t at) {
+  uint32_t value = 0;
+  std::memcpy(&value, bytes.data() + at, sizeof value);
+  return value;
+}
+
+TEST(Capture, KeepsThePacketsOfBothDirections) {
+  const std::string path = ::testing::TempDir() + "lodge-pcap-" + std::to_string(::getpid());
+  EventLoop loop("test");
+  Listener card;
+  auto inner = std::make_unique<Plain>();
+  Plain& plain = *inner;
+  auto network = capture(std::move(inner), path);
+  network->connect(card, loop);
+  EXPECT_TRUE(send(*network, frame_of(60, 1)));
+  plain.blocked = true;
+  EXPECT_FALSE(send(*network, frame_of(61, 2)));  // not yet on its way
+  plain.waiting = {frame_of(1514, 3)};
+  plain.receive_ready(0);
+  EXPECT_TRUE(card.saw_frame(frame_of(1514, 3)));
+  network->disconnect();
+  network.reset();
+  std::ifstream file(path, std::ios::binary);
+  const std::string bytes((std::istreambuf_iterator<char>(file)), {});
+  ASSERT_EQ(bytes.size(), 24u + 16 + 60 + 16 + 1514);
+  EXPECT_EQ(get32(bytes, 0), 0xa1b23c4d);
+  EXPECT_EQ(get32(bytes, 4), 0x00040002u);
+  EXPECT_EQ(get32(bytes, 20), 1u);
+  EXPECT_EQ(get32(bytes, 24 + 8), 60u);
+  EXPECT_EQ(bytes.substr(40, 60), std::string(reinterpret_cast<const char*>(frame_of(60, 1).data()), 60));
+  EXPECT_EQ(get32(bytes, 100 + 12), 1514u);
+  EXPECT_EQ(bytes.substr(116), std::string(reinterpret_cast<const char*>(frame_of(1514, 3).data()), 1514));
+  ::unlink(path.c_str());
+  EXPECT_THROW(capture(std::make_unique<Plain>(), "/no/such/directory/file"), UsageError);
+}
+
+// A file that takes nothing (a pipe without a reader's help) does not stop the packets.
+TEST(Capture, NeverWaitsForItsFile) {
+  const std::string path = ::testing::TempDir() + "lodge-pipe-" + std::to_string(::getpid());
+  ASSERT_EQ(::mkfifo(path.c_str(), 0600), 0);
+  const int reader = ::open(path.c_str(), O_RDONLY | O_NONBLOCK);
+  EventLoop loop("test");
+  Listener card;
+  auto inner = std::make_unique<Plain>();
+  Plain& plain = *inner;
+  auto network = capture(std::move(inner), path);
+  network->connect(card, loop);
+  for (unsigned i = 0; i < 1000; i++) EXPECT_TRUE(send(*network, frame_of(60'000)));
+  EXPECT_EQ(plain.bytes_sent, 60'000'000u);
+  network->disconnect();
+  network.reset();  // nor does the end
+  ::close(reader);
+  ::unlink(path.c_str());
+}
+
+TEST(TokenBucket, LetsABurstPassAndThenTheRate) {
+  using namespace std::chrono_literals;
+  TokenBucket bucket(1000, 100ms);  // 100 units at once
+  TokenBucket::Clock::time_point now{1h};
+  unsigned passed = 0;
+  const auto drain = [&] {
+    for (passed = 0; bucket.free_at() <= now; passed++) bucket.pay(1, now);
+    return passed;
+  };
+  EXPECT_NEAR(drain(), 100, 2);
+  EXPECT_NEAR(drain(), 0, 1);
+  now += 50ms;
+  EXPECT_NEAR(drain(), 50, 2);
+  now += 10s;
+  EXPECT_NEAR(drain(), 100, 2);  // no more than the bucket holds
+  bucket.pay(1000, now);         // a large one is paid for afterwards
+  now += 900ms;
+  EXPECT_EQ(drain(), 0u);
+  now += 210ms;
+  EXPECT_GT(drain(), 0u);
+}
+
+// By what has passed, not by the clock alone: a loaded machine is slower than the limit, never faster.
+TEST(RateLimit, BothDirectionsKeepToIt) {
+  EventLoop loop("test");
+  Listener card;
+  auto inner = std::make_unique<Plain>();
+  Plain& plain = *inner;
+  const auto network = limit_rate(std::move(inner), {.rate = 1'000'000, .burst = 10'000});
+  network->connect(card, loop);
+  const auto start = std::chrono::steady_clock::now();
+  for (unsigned i = 0; i < 60; i++) plain.waiting.push_back(frame_of(1000));
+  plain.receive_ready(0);
+  unsigned told = 0;
+  for (unsigned i = 0; i < 60;) {
+    if (send(*network, frame_of(1000))) {
+      i++;
+      continue;
+    }
+    EXPECT_TRUE(Listener::eventually([&] { return card.ready > told; }));
+    told = card.ready;
+  }
+  EXPECT_TRUE(Listener::eventually([&] { return card.frames().size() == 60; }));
+  const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+  EXPECT_EQ(plain.bytes_sent, 60'000u);
+  EXPECT_GT(told, 0u);
+  EXPECT_GE(took.count(), 0.045);  // 60,000 bytes without the burst and the last one
+  network->disconnect();
+}
+
+}  // namespace
+}  // namespace lodge::net
