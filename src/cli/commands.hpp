@@ -9,5 +9,7 @@ int run(const RunCommand& command);
 int doctor(const DoctorCommand& command);
 int image(const ImageCommand& command);
 int build_image(const ImageCommand& command);
+int ctl(const CtlCommand& command);
+int list(const ListCommand& command);
 
 }  // namespace lodge::cli

@@ -8,6 +8,7 @@
 #include "cli/version.hpp"
 #include "device/table.hpp"
 #include "net/user.hpp"
+#include "vm/control/socket.hpp"
 #include "vm/ending.hpp"
 
 namespace lodge::cli {
@@ -30,6 +31,7 @@ Examples:
   lodge run --kernel test.elf --serial file:out.txt --device isa-debug-exit,port=0xf4
   lodge image build --output debian.qcow2
   lodge image create disk.qcow2 20G
+  lodge run --kernel vmlinuz --name web --serial null &   lodge ctl web status
   lodge doctor
   source <(lodge completion bash)
 )";
@@ -52,6 +54,35 @@ std::string run_footer() {
   for (const auto& [status, meaning] : vm::exit_statuses())
     text += fmt::format("  {:>3}  {}\n", status, meaning);
   return text + footer;
+}
+
+void describe_memory(CLI::App& run, RawOptions& raw) {
+  run.add_flag(
+      "--no-balloon", raw.no_balloon,
+      "without the balloon that every machine has: memory which the guest frees stays with the process");
+  run.add_flag("--ksm", raw.ksm, "the host's kernel merges equal pages of this and other machines (KSM)");
+  run.add_option("--transparent-hugepages", raw.transparent_huge_pages,
+                 "auto, on or off: the kernel may use huge pages for RAM where its own settings permit")
+      ->type_name("MODE")
+      ->capture_default_str();
+  run.add_option("--hugepages", raw.huge_pages,
+                 "RAM in explicit huge pages of 2M or 1G, from the host's pool")
+      ->type_name("SIZE");
+  run.add_flag("--preallocate", raw.preallocate, "take all RAM from the host before the guest starts");
+  run.add_option("--numa-node", raw.numa_node, "take RAM from this memory node alone")->type_name("N");
+  run.add_flag("--memory-lock", raw.memory_lock, "RAM that is touched is never swapped out");
+}
+
+void describe_control(CLI::App& app, RawOptions& raw) {
+  auto* ctl = app.add_subcommand("ctl", "Ask or steer a running machine");
+  ctl->add_option("machine", raw.ctl.machine, "its --name, or the path of its control socket")->required();
+  ctl->add_option("command", raw.ctl.command, "see below")->required();
+  ctl->add_option("arguments", raw.ctl.arguments, "of the command");
+  ctl->add_flag("--json", raw.ctl.json, "print the machine's answer as one line of JSON");
+  ctl->footer(ctl_commands_help() + "\nExample:\n  lodge ctl web balloon 256M\n");
+
+  auto* list = app.add_subcommand("list", "List the machines that run with a name");
+  list->add_flag("--json", raw.list.json, "print them as one line of JSON");
 }
 
 }  // namespace
@@ -84,6 +115,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
                   "pc, or micro: no PCI and no legacy beyond a serial port, for the fastest start")
       ->type_name("NAME")
       ->capture_default_str();
+  describe_memory(*run, raw);
   run->add_option("--accel", raw.accel, "auto, kvm or soft (see lodge doctor)")
       ->type_name("NAME")
       ->capture_default_str();
@@ -140,9 +172,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "a watchdog (Linux: module wdat_wdt, /dev/watchdog0) and what it does when the guest hangs: reset, "
          "poweroff or none")
       ->type_name("ACTION");
-  run->add_option("--name", raw.name, "the machine's name, as ps shows it")
+  run->add_option("--name", raw.name,
+                  "the machine's name, as ps shows it; gives it a control socket (lodge ctl NAME)")
       ->type_name("NAME")
       ->capture_default_str();
+  run->add_option("--control", raw.control, "a control socket at PATH (lodge ctl PATH)")->type_name("PATH");
   run->add_flag("--no-reboot", raw.no_reboot, "end when the guest resets the machine");
   run->add_option("--device", raw.devices, "add a device: NAME,KEY=VALUE,...")
       ->type_name("DEVICE")
@@ -157,6 +191,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
   doctor->add_flag("--json", raw.doctor_json, "print the report as JSON");
 
   describe_image(*app, raw.image);
+  describe_control(*app, raw);
 
   auto* completion = app->add_subcommand("completion", "Print a shell's completion script");
   completion->add_option("shell", raw.shell, "bash, zsh or fish")->required();
@@ -167,6 +202,10 @@ Values values_of(const std::string& option) {
   if (option == "disk" || option == "--kernel" || option == "--initrd" || option == "--disk" ||
       option == "--share")
     return {{}, true};
+  if (option == "--hugepages") return {{"2M", "1G"}, false};
+  if (option == "--transparent-hugepages") return {{"auto", "on", "off"}, false};
+  if (option == "command") return {ctl_command_names(), false};
+  if (option == "--control") return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
   if (option == "--machine") return {{"pc", "micro"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
@@ -201,12 +240,28 @@ void add_boot_disk(const detail::RawOptions& raw, vm::VmConfig& config) {
   if (raw.snapshot) disk.options["snapshot"] = "on";
   config.boot_disk = disk.options["file"];
   config.devices.push_back(std::move(disk));
-  for (const char* name : {"virtio-rng", "virtio-balloon"}) {
-    const bool given = std::ranges::any_of(raw.devices, [&](const std::string& text) {
-      return vm::parse_device("--device", text).name == name;
-    });
-    if (!given) config.devices.push_back({name, {}});
-  }
+  const bool given = std::ranges::any_of(raw.devices, [](const std::string& text) {
+    return vm::parse_device("--device", text).name == "virtio-rng";
+  });
+  if (!given) config.devices.push_back({"virtio-rng", {}});
+}
+
+machine::MemoryOptions understand_memory(const detail::RawOptions& raw) {
+  machine::MemoryOptions options;
+  options.mergeable = raw.ksm;
+  options.transparent_huge_pages =
+      vm::parse_transparent("--transparent-hugepages", raw.transparent_huge_pages);
+  if (!raw.huge_pages.empty()) options.huge_page_size = vm::parse_huge_pages("--hugepages", raw.huge_pages);
+  options.preallocate = raw.preallocate;
+  options.lock = raw.memory_lock;
+  options.numa_node = raw.numa_node;
+  return options;
+}
+
+// Behind all other devices, so that it takes none of their places.
+void add_balloon(vm::VmConfig& config) {
+  if (std::ranges::find(config.devices, "virtio-balloon", &vm::DeviceConfig::name) == config.devices.end())
+    config.devices.push_back({"virtio-balloon", {}});
 }
 
 // Forwards belong to the first user-mode network, which they imply.
@@ -239,6 +294,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   config.cpus = vm::parse_cpus("--cpus", raw.cpus);
   config.memory = vm::parse_size("--memory", raw.memory);
   config.machine = vm::parse_machine("--machine", raw.machine);
+  config.memory_options = understand_memory(raw);
   config.accelerator = vm::parse_accelerator("--accel", raw.accel);
   config.soft.engine = vm::parse_engine("--engine", raw.engine);
   config.soft.code_cache = vm::parse_code_cache("--code-cache", raw.code_cache);
@@ -264,6 +320,8 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
   if (!raw.watchdog.empty()) config.devices.push_back({"watchdog", {{"action", raw.watchdog}}});
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
+  if (!raw.no_balloon) add_balloon(config);
+  command.control = raw.control;
   command.stats = raw.stats || raw.run_json;
   config.soft.count = command.stats;
   config.soft.perf_map = raw.perf_map;
@@ -319,7 +377,14 @@ Command parse_command_line(std::span<const char* const> arguments) {
     std::ranges::replace(text, '\n', ' ');
     usage_error("{}; see '{} --help'", text, words_to(*meant));
   }
-  if (app->got_subcommand("run")) return understand_run(raw);
+  if (app->got_subcommand("run")) {
+    RunCommand run = understand_run(raw);
+    if (run.control.empty() && app->get_subcommand("run")->count("--name") > 0)
+      run.control = vm::control::socket_path(run.config.name);
+    return run;
+  }
+  if (app->got_subcommand("ctl")) return raw.ctl;
+  if (app->got_subcommand("list")) return raw.list;
   if (app->got_subcommand("image")) return understand_image(innermost(*app)->get_name(), raw.image);
   if (app->got_subcommand("doctor")) return DoctorCommand{raw.doctor_json};
   return CompletionCommand{raw.shell};

@@ -3,11 +3,13 @@
 
 #include <CLI/App.hpp>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <variant>
 #include <vector>
 
+#include "cli/control.hpp"
 #include "cli/image_options.hpp"
 #include "vm/config.hpp"
 
@@ -15,8 +17,9 @@ namespace lodge::cli {
 
 struct RunCommand {
   vm::VmConfig config;
-  bool stats = false;  // what happened, on stderr at the end
-  bool json = false;   // the same as one line of JSON
+  bool stats = false;   // what happened, on stderr at the end
+  bool json = false;    // the same as one line of JSON
+  std::string control;  // path of the control socket; empty: none
 };
 struct DoctorCommand {
   bool json = false;
@@ -28,7 +31,8 @@ struct CompletionCommand {
 struct PrintCommand {
   std::string text;
 };
-using Command = std::variant<RunCommand, DoctorCommand, ImageCommand, CompletionCommand, PrintCommand>;
+using Command = std::variant<RunCommand, DoctorCommand, ImageCommand, CtlCommand, ListCommand,
+                             CompletionCommand, PrintCommand>;
 
 // Throws UsageError with one line that names the option and the remedy.
 Command parse_command_line(std::span<const char* const> arguments);
@@ -48,6 +52,11 @@ struct RawOptions {
   std::string vsock, watchdog;
   bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,
        doctor_json = false;
+  std::string control, transparent_huge_pages = "auto", huge_pages;
+  std::optional<unsigned> numa_node;
+  bool no_balloon = false, ksm = false, preallocate = false, memory_lock = false;
+  CtlCommand ctl;
+  ListCommand list;
   RawImageOptions image;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);

@@ -3,7 +3,6 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -12,6 +11,7 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
+#include <optional>
 #include <thread>
 
 #include "base/error.hpp"
@@ -19,7 +19,10 @@
 #include "cli/escape.hpp"
 #include "cli/statistics.hpp"
 #include "cli/terminal.hpp"
+#include "cli/version.hpp"
 #include "vm/accelerator.hpp"
+#include "vm/control/server.hpp"
+#include "vm/control_commands.hpp"
 #include "vm/virtual_machine.hpp"
 
 namespace lodge::cli {
@@ -119,23 +122,31 @@ std::unique_ptr<vm::Backends> open_backends(const vm::VmConfig& config, const Ra
   return backends;
 }
 
-double cpu_seconds() {
-  rusage usage{};
-  ::getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& t) {
-    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+// Named sockets are in a directory that may have to be made first.
+std::unique_ptr<vm::control::Listener> listen_for_control(const RunCommand& command) {
+  if (command.control.empty()) return nullptr;
+  if (command.control.starts_with(vm::control::socket_directory(false) + "/"))
+    vm::control::socket_directory(true);
+  return std::make_unique<vm::control::Listener>(command.control);
+}
+
+void print_statistics(const RunCommand& command, vm::VirtualMachine& machine, int status) {
+  auto counted = vm::statistics_json(machine.statistics());
+  counted["exit_status"] = status;
+  if (command.json)
+    fmt::print(stderr, "{}\n", counted.dump());
+  else
+    say(statistics_text(counted));
 }
 
 }  // namespace
 
 int run(const RunCommand& command) {
   vm::validate(command.config, vm::host_limits());
+  auto listener = listen_for_control(command);  // before anything is opened: the machine may run already
   const Fd signals = take_signals();
   ::prctl(PR_SET_NAME, ("lodge:" + command.config.name).substr(0, 15).c_str());
   auto selected = vm::open_accelerator(command.config.accelerator, command.config.soft);
-  const std::string accelerator(selected.system->name());
   if (!selected.remark.empty() && ::isatty(STDERR_FILENO)) say(selected.remark);
 
   // The streams need the key before the VM exists, so its actions find the VM here.
@@ -154,26 +165,23 @@ int run(const RunCommand& command) {
                              open_backends(command.config, terminal, key));
   for (const auto& [option, where] : machine.backends().device_terminals())
     say(fmt::format("{} is {}", option.substr(0, option.find_last_not_of('=') + 1), where));
-  const std::string protocol = machine.protocol();
   target = &machine;
   terminal.enter();
   if (terminal.active()) tell_size(machine);
   vm::Ending ending;
   {
     SignalServer server(signals, machine, terminal);
+    std::optional<vm::control::Server> control;
+    if (listener)
+      control.emplace(std::move(listener), version, [&machine](const vm::control::Request& request) {
+        return vm::execute(machine, request);
+      });
     ending = machine.run();
   }
   terminal.restore();
   if (!ending.message.empty()) say(ending.message);
   const int status = ending.exit_status();
-  if (command.stats) {
-    const RunReport report{command.config.name, accelerator,         protocol, status,
-                           cpu_seconds(),       machine.statistics()};
-    if (command.json)
-      fmt::print(stderr, "{}\n", statistics_json(report));
-    else
-      say(statistics_text(report));
-  }
+  if (command.stats) print_statistics(command, machine, status);
   return status;
 }
 

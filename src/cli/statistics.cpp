@@ -4,96 +4,88 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <vector>
 
 namespace lodge::cli {
 namespace {
+
+using Json = nlohmann::ordered_json;
 
 // Instructions that are left to the interpreter: as many kinds of them are shown as text.
 constexpr size_t shown_kinds = 10;
 constexpr std::string_view by_kind = "left_to_interpreter";
 
-std::optional<uint64_t> find(const vm::Statistics& counted, std::string_view group, std::string_view name) {
-  for (const auto& entry : counted.accelerator)
-    if (entry.group == group && entry.name == name) return entry.value;
-  return std::nullopt;
+double number(const Json& json, const char* name) {
+  const auto found = json.find(name);
+  return found != json.end() && found->is_number() ? found->get<double>() : 0;
 }
 
-struct Rates {
-  // Guest instructions for each microsecond of CPU time of the vCPUs' threads, and the share of them that
-  // translated code ran.
-  std::optional<double> mips, translated;
-  std::optional<double> tlb_hits;  // share of translated code's look-ups
-};
+std::string text(const Json& json, const char* name) {
+  const auto found = json.find(name);
+  return found != json.end() && found->is_string() ? found->get<std::string>() : std::string();
+}
 
-Rates rates_of(const vm::Statistics& counted) {
-  Rates rates;
-  const auto interpreted = find(counted, "instructions", "interpreted");
-  const auto translated = find(counted, "instructions", "translated");
-  if (interpreted && counted.vcpu_seconds > 0) {
-    const auto all = static_cast<double>(*interpreted + translated.value_or(0));
-    rates.mips = all / counted.vcpu_seconds / 1e6;
-    if (all > 0) rates.translated = static_cast<double>(translated.value_or(0)) / all;
-  }
-  const auto lookups = find(counted, "soft_tlb", "lookups");
-  const auto misses = find(counted, "soft_tlb", "misses");
-  if (lookups && misses && *lookups > 0)
-    rates.tlb_hits = 1 - static_cast<double>(*misses) / static_cast<double>(*lookups);
-  return rates;
+Json part(const Json& json, const char* name) {
+  const auto found = json.find(name);
+  return found != json.end() && found->is_object() ? *found : Json::object();
+}
+
+double mebibytes(const Json& json, const char* name) {
+  return number(json, name) / (1 << 20);
 }
 
 // A line for each group.
-std::string groups_text(std::vector<kvm::Statistic> counted) {
-  const auto kinds = std::ranges::stable_partition(
-      counted, [](const kvm::Statistic& entry) { return entry.group != by_kind; });
-  std::ranges::stable_sort(kinds, std::ranges::greater{}, &kvm::Statistic::value);
-  if (kinds.size() > shown_kinds) counted.resize(counted.size() - kinds.size() + shown_kinds);
-  std::string text;
-  std::string_view group;
-  for (const kvm::Statistic& entry : counted) {
-    text += entry.group == group ? fmt::format(", {} {}", entry.name, entry.value)
-                                 : fmt::format("\n  {}: {} {}", entry.group, entry.name, entry.value);
-    group = entry.group;
+std::string groups_text(const Json& groups) {
+  std::string lines;
+  for (const auto& [group, entries] : groups.items()) {
+    std::vector<std::pair<std::string, double>> values;
+    for (const auto& [name, value] : entries.items())
+      if (value.is_number()) values.emplace_back(name, value.get<double>());
+    if (group == by_kind) {
+      std::ranges::stable_sort(values, std::ranges::greater{},
+                               [](const auto& entry) { return entry.second; });
+      if (values.size() > shown_kinds) values.resize(shown_kinds);
+    }
+    std::string line;
+    for (const auto& [name, value] : values)
+      line += fmt::format("{}{} {:.0f}", line.empty() ? "" : ", ", name, value);
+    if (!line.empty()) lines += fmt::format("\n  {}: {}", group, line);
   }
-  return text;
+  return lines;
+}
+
+std::string memory_text(const Json& counted) {
+  const Json memory = part(counted, "memory"), balloon = part(counted, "balloon");
+  if (memory.empty()) return {};
+  std::string line = fmt::format("\n  memory: {:.0f} MiB, of which the host holds {:.0f} MiB",
+                                 mebibytes(memory, "size"), mebibytes(memory, "resident"));
+  if (!balloon.empty())
+    line += fmt::format("; balloon {:.0f} of {:.0f} MiB, given back so far {:.0f} MiB",
+                        mebibytes(balloon, "actual"), mebibytes(balloon, "target"),
+                        mebibytes(balloon, "released"));
+  return line;
 }
 
 }  // namespace
 
-std::string statistics_text(const RunReport& report) {
-  const vm::Statistics& s = report.counted;
-  std::string text = fmt::format(
-      "{}: {:.3f} s, {:.3f} s of CPU, {} accelerator, {}; exits: {} port, {} memory, {} other; {} resets",
-      report.name, s.seconds, report.cpu_seconds, report.accelerator, report.protocol, s.port_exits,
-      s.memory_exits, s.other_exits, s.resets);
-  const Rates rates = rates_of(s);
-  if (rates.mips) {
-    text += fmt::format("\n  {:.1f} million guest instructions for each of {:.3f} s of the CPUs' threads",
-                        *rates.mips, s.vcpu_seconds);
-    if (rates.translated) text += fmt::format(", {:.2f} % in translated code", *rates.translated * 100);
+std::string statistics_text(const Json& counted) {
+  const Json exits = part(counted, "exits");
+  std::string lines = fmt::format(
+      "{}: {:.3f} s, {:.3f} s of CPU, {} accelerator, {}; exits: {:.0f} port, {:.0f} memory, {:.0f} other; "
+      "{:.0f} resets",
+      text(counted, "name"), number(counted, "seconds"), number(counted, "cpu_seconds"),
+      text(counted, "accelerator"), text(counted, "boot"), number(exits, "port"), number(exits, "memory"),
+      number(exits, "other"), number(counted, "resets"));
+  if (counted.contains("guest_mips")) {
+    lines += fmt::format("\n  {:.1f} million guest instructions for each of {:.3f} s of the CPUs' threads",
+                         number(counted, "guest_mips"), number(counted, "vcpu_seconds"));
+    if (counted.contains("translated_share"))
+      lines += fmt::format(", {:.2f} % in translated code", number(counted, "translated_share") * 100);
   }
-  if (rates.tlb_hits)
-    text += fmt::format("\n  {:.3f} % of translated code's look-ups hit the soft TLB", *rates.tlb_hits * 100);
-  return text + groups_text(s.accelerator);
-}
-
-std::string statistics_json(const RunReport& report) {
-  const vm::Statistics& s = report.counted;
-  nlohmann::json json = {
-      {"name", report.name},
-      {"accelerator", report.accelerator},
-      {"boot", report.protocol},
-      {"exit_status", report.exit_status},
-      {"seconds", s.seconds},
-      {"cpu_seconds", report.cpu_seconds},
-      {"vcpu_seconds", s.vcpu_seconds},
-      {"resets", s.resets},
-      {"exits", {{"port", s.port_exits}, {"memory", s.memory_exits}, {"other", s.other_exits}}}};
-  const Rates rates = rates_of(s);
-  if (rates.mips) json["guest_mips"] = *rates.mips;
-  if (rates.tlb_hits) json["soft_tlb_hit_rate"] = *rates.tlb_hits;
-  for (const kvm::Statistic& entry : s.accelerator) json["counted"][entry.group][entry.name] = entry.value;
-  return json.dump();
+  if (counted.contains("soft_tlb_hit_rate"))
+    lines += fmt::format("\n  {:.3f} % of translated code's look-ups hit the soft TLB",
+                         number(counted, "soft_tlb_hit_rate") * 100);
+  return lines + memory_text(counted) + groups_text(part(counted, "counted"));
 }
 
 }  // namespace lodge::cli

@@ -1,20 +1,13 @@
-// What `lodge run --stats` tells about a run that has ended.
+// Statistics of a machine as lines for a person.
 #pragma once
 
+#include <nlohmann/json_fwd.hpp>
 #include <string>
-
-#include "vm/virtual_machine.hpp"
 
 namespace lodge::cli {
 
-struct RunReport {
-  std::string name, accelerator, protocol;
-  int exit_status = 0;
-  double cpu_seconds = 0;  // of the whole process
-  vm::Statistics counted;
-};
-
-std::string statistics_text(const RunReport& report);  // lines, the last without its end
-std::string statistics_json(const RunReport& report);  // one line
+// Of vm::statistics_json(), which may come from another process: what is missing or of another type is left
+// out. Lines, the last without its end.
+std::string statistics_text(const nlohmann::ordered_json& counted);
 
 }  // namespace lodge::cli

@@ -26,6 +26,7 @@ namespace pci {
 class Root;
 }
 namespace virtio {
+class Device;
 class MmioSlots;
 }
 
@@ -63,6 +64,8 @@ class MountedDevice {
   virtual ~MountedDevice() = default;
   virtual Savable* savable() noexcept { return nullptr; }  // null: it has no state
   virtual Disk* disk() noexcept { return nullptr; }        // null: it is none
+  // The VirtIO device behind the transport; null: it is none.
+  virtual virtio::Device* virtio_device() noexcept { return nullptr; }
 };
 
 struct OptionSchema {

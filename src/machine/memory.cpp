@@ -1,41 +1,42 @@
 #include "machine/memory.hpp"
 
 #include <sys/mman.h>
-#include <unistd.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
-#include "base/error.hpp"
 #include "machine/layout.hpp"
+#include "machine/memory_host.hpp"
 
 namespace lodge::machine {
 
-namespace {
-
-Fd create_memfd(uint64_t size) {
-  if (size == 0 || size % 4096 != 0 || size > (uint64_t{1} << 46))
-    usage_error("guest memory of {} bytes: give a multiple of 4096 between 4 KiB and 64 TiB", size);
-  Fd fd(memfd_create("lodge-ram", MFD_CLOEXEC));
-  if (!fd) throw_errno("cannot create guest memory (memfd_create)");
-  if (ftruncate(fd.get(), static_cast<off_t>(size)) != 0) throw_errno("cannot size guest memory");
-  return fd;
-}
-
-}  // namespace
-
-// MAP_NORESERVE: a guest rarely touches all its memory, and the host's overcommit policy should not refuse a
-// machine for what it might touch.
-GuestMemory::GuestMemory(uint64_t size)
+GuestMemory::GuestMemory(uint64_t size, const MemoryOptions& options)
     : size_(size),
-      fd_(create_memfd(size)),
-      mapping_(size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd_.get(), 0,
-               "cannot map guest memory") {
-  // Advice only: without huge pages the guest runs slower, not wrongly.
-  madvise(mapping_.data(), mapping_.size(), MADV_HUGEPAGE);
+      options_(options),
+      fd_(create_backing(size, options)),
+      mapping_(map_backing(size, options, fd_)) {
+  prepare(mapping_, options);
   uint64_t low = std::min(size, layout::low_ram_limit);
   ranges_.push_back({0, low, 0});
   if (size > low) ranges_.push_back({layout::high_ram_base, size - low, low});
+}
+
+uint64_t GuestMemory::resident() const noexcept {
+  struct stat info {};
+  if (fd_) return ::fstat(fd_.get(), &info) == 0 ? static_cast<uint64_t>(info.st_blocks) * 512 : 0;
+  constexpr uint64_t pages_at_once = 4096;
+  std::array<unsigned char, pages_at_once> present;
+  uint64_t count = 0;
+  for (uint64_t at = 0; at < size_; at += pages_at_once * 4096) {
+    const uint64_t length = std::min(pages_at_once * 4096, size_ - at);
+    if (::mincore(mapping_.data() + at, length, present.data()) != 0) return 0;
+    count += static_cast<uint64_t>(std::count_if(present.begin(),
+                                                 present.begin() + static_cast<ptrdiff_t>(length / 4096),
+                                                 [](unsigned char page) { return page & 1; }));
+  }
+  return count * 4096;
 }
 
 void GuestMemory::attach(kvm::Vm& vm, uint32_t first_slot) {
@@ -72,6 +73,12 @@ void GuestMemory::detach() noexcept {
   vm_ = nullptr;
 }
 
+std::optional<uint64_t> GuestMemory::offset(uint64_t gpa) const noexcept {
+  for (const RamRange& range : ranges_)
+    if (gpa >= range.gpa && gpa - range.gpa < range.size) return range.offset + (gpa - range.gpa);
+  return std::nullopt;
+}
+
 std::span<uint8_t> GuestMemory::view(uint64_t gpa, uint64_t size) noexcept {
   for (const RamRange& range : ranges_) {
     if (gpa < range.gpa || gpa - range.gpa >= range.size) continue;
@@ -103,20 +110,23 @@ void GuestMemory::note_write(uint64_t gpa, uint64_t size) noexcept {
   if (vm_) vm_->note_write(gpa, size);
 }
 
-// MADV_REMOVE punches a hole into the memfd, so the memory is free for every process that maps it.
+// MADV_REMOVE punches a hole into the memfd, so the memory is free for every process that maps it. A huge
+// page that is given back may be another's when the guest wants it again, and the signal would end the
+// machine.
 uint64_t GuestMemory::release(uint64_t gpa, uint64_t size) noexcept {
+  if (!gives_back()) return 0;
   const uint64_t first = (gpa + 4095) & ~uint64_t{4095};
   if (first < gpa || size < first - gpa) return 0;
   const uint64_t length = (size - (first - gpa)) & ~uint64_t{4095};
   const auto pages = view(first, length);
-  if (pages.empty() || madvise(pages.data(), pages.size(), MADV_REMOVE) != 0) return 0;
+  if (pages.empty() || madvise(pages.data(), pages.size(), fd_ ? MADV_REMOVE : MADV_DONTNEED) != 0) return 0;
   note_write(first, length);
   return length;
 }
 
 void GuestMemory::unmap_page(uint64_t gpa) noexcept {
   auto page = view(gpa & ~uint64_t{4095}, 4096);
-  if (!page.empty()) madvise(page.data(), page.size(), MADV_DONTNEED);
+  if (!page.empty() && fd_) madvise(page.data(), page.size(), MADV_DONTNEED);
 }
 
 }  // namespace lodge::machine

@@ -5,6 +5,8 @@
 
 #include <array>
 #include <map>
+#include <string>
+#include <vector>
 
 #include "base/error.hpp"
 #include "machine/layout.hpp"
@@ -147,6 +149,68 @@ TEST(GuestMemoryRelease, WholePagesGoBackAndReadAsZeros) {
   EXPECT_EQ(memory.release(layout::MiB - 4096, 8192), 0u);
   EXPECT_EQ(memory.release(~uint64_t{0}, 8192), 0u);
   EXPECT_EQ(memory.release(0, ~uint64_t{0}), 0u);
+}
+
+TEST(GuestMemory, WhatIsGivenBackIsZeroAndNotHeldAnyMore) {
+  using Transparent = MemoryOptions::Transparent;
+  for (const bool mergeable : {false, true}) {
+    GuestMemory memory(4 * layout::MiB, {.mergeable = mergeable, .transparent_huge_pages = Transparent::off});
+    EXPECT_EQ(memory.fd() < 0, mergeable);
+    EXPECT_EQ(memory.resident(), 0u);
+    memory.write(layout::MiB, std::vector<uint8_t>(layout::MiB, 7));
+    EXPECT_EQ(memory.resident(), layout::MiB);
+    EXPECT_EQ(memory.release(layout::MiB + 1, 8192), 4096u);  // the one page that is wholly in it
+    EXPECT_EQ(memory.resident(), layout::MiB - 4096);
+    EXPECT_EQ(memory.view(layout::MiB + 4096, 1)[0], 0);
+    EXPECT_EQ(memory.view(layout::MiB, 1)[0], 7);
+  }
+}
+
+TEST(GuestMemory, WhatWasPromisedIsNotGivenBack) {
+  GuestMemory memory(4 * layout::MiB, {.preallocate = true});
+  EXPECT_EQ(memory.resident(), 4 * layout::MiB);
+  EXPECT_EQ(memory.release(0, layout::MiB), 0u);
+  EXPECT_EQ(memory.resident(), 4 * layout::MiB);
+}
+
+TEST(GuestMemory, OffsetsLeaveTheHoleOut) {
+  GuestMemory memory(layout::low_ram_limit + 8192);
+  EXPECT_EQ(memory.offset(4096), 4096u);
+  EXPECT_EQ(memory.offset(layout::high_ram_base + 4096), layout::low_ram_limit + 4096);
+  for (const uint64_t gpa : {layout::low_ram_limit, layout::high_ram_base + 8192, ~uint64_t{0}})
+    EXPECT_EQ(memory.offset(gpa), std::nullopt);
+}
+
+std::string refusal(uint64_t size, const MemoryOptions& options) {
+  try {
+    check_memory(size, options);
+    GuestMemory memory(size, options);
+  } catch (const UsageError& error) {
+    return error.what();
+  }
+  return "taken";
+}
+
+TEST(MemoryOptionsOf, WhatDoesNotGoTogetherIsRefused) {
+  using Transparent = MemoryOptions::Transparent;
+  EXPECT_THAT(refusal(64 * layout::MiB, {.mergeable = true, .huge_page_size = 2 * layout::MiB}),
+              ::testing::HasSubstr("--ksm"));
+  EXPECT_THAT(refusal(64 * layout::MiB, {.mergeable = true, .lock = true}), ::testing::HasSubstr("--ksm"));
+  EXPECT_THAT(refusal(63 * layout::MiB, {.huge_page_size = 2 * layout::MiB}),
+              ::testing::HasSubstr("multiple"));
+  EXPECT_THAT(refusal(64 * layout::MiB,
+                      {.transparent_huge_pages = Transparent::on, .huge_page_size = 2 * layout::MiB}),
+              ::testing::HasSubstr("--transparent-hugepages"));
+}
+
+// More than any host has: the pool is too small, or there is none of that size.
+TEST(MemoryOptionsOf, AHostWithoutEnoughHugePagesSaysWhere) {
+  EXPECT_THAT(refusal(uint64_t{1} << 44, {.huge_page_size = 2 * layout::MiB}),
+              ::testing::HasSubstr("/sys/kernel/mm/hugepages/hugepages-2048kB"));
+}
+
+TEST(MemoryOptionsOf, ANodeThatIsNotThereIsRefused) {
+  EXPECT_THAT(refusal(4 * layout::MiB, {.numa_node = 1000}), ::testing::HasSubstr("--numa-node 1000"));
 }
 
 }  // namespace

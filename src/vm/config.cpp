@@ -145,6 +145,20 @@ size_t parse_code_cache(std::string_view option, std::string_view text) {
   return size;
 }
 
+uint64_t parse_huge_pages(std::string_view option, std::string_view text) {
+  if (text == "2M" || text == "2m") return 2 * MiB;
+  if (text == "1G" || text == "1g") return 1024 * MiB;
+  usage_error("{}: '{}' is no size of huge pages; choose 2M or 1G", option, text);
+}
+
+machine::MemoryOptions::Transparent parse_transparent(std::string_view option, std::string_view text) {
+  using Transparent = machine::MemoryOptions::Transparent;
+  if (text == "auto") return Transparent::automatic;
+  if (text == "on") return Transparent::on;
+  if (text == "off") return Transparent::off;
+  usage_error("{}: '{}' is unknown; choose auto, on or off", option, text);
+}
+
 std::string_view name_of(Accelerator accelerator) noexcept {
   return accelerators[static_cast<size_t>(accelerator)];
 }
@@ -265,6 +279,7 @@ void validate(const VmConfig& config, const HostLimits& limits) {
   if (config.memory > limits.memory)
     usage_error("--memory: {} MiB is more than this host's {} MiB; give less", config.memory / MiB,
                 limits.memory / MiB);
+  machine::check_memory(config.memory, config.memory_options);
   validate_serial(config);
   if (config.machine == MachineType::micro) validate_micro(config);
   for (const auto& device : config.devices) device::check_device(device.name, device.options);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kvm/soft/options.hpp"
+#include "machine/memory.hpp"
 
 namespace lodge::vm {
 
@@ -39,6 +40,7 @@ struct VmConfig {
   unsigned cpus = 1;
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
   MachineType machine = MachineType::pc;
+  machine::MemoryOptions memory_options;
   Accelerator accelerator = Accelerator::automatic;
   kvm::soft::Options soft;   // of the soft accelerator
   std::string cpu = "host";  // a name of cpu_models()
@@ -60,7 +62,9 @@ unsigned parse_cpus(std::string_view option, std::string_view text);
 Accelerator parse_accelerator(std::string_view option, std::string_view text);
 MachineType parse_machine(std::string_view option, std::string_view text);
 kvm::soft::Engine parse_engine(std::string_view option, std::string_view text);
-size_t parse_code_cache(std::string_view option, std::string_view text);  // 1 MiB to 1 GiB
+size_t parse_code_cache(std::string_view option, std::string_view text);    // 1 MiB to 1 GiB
+uint64_t parse_huge_pages(std::string_view option, std::string_view text);  // 2M or 1G
+machine::MemoryOptions::Transparent parse_transparent(std::string_view option, std::string_view text);
 SerialConfig parse_serial(std::string_view option, std::string_view text);
 DeviceConfig parse_device(std::string_view option, std::string_view text);
 

@@ -82,7 +82,7 @@ void install_reset_vector(machine::GuestMemory& memory, uint16_t reset_port) {
 
 Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Backends& backends,
                  machine::Power& power)
-    : backends_(backends), vm_(system.create_vm()), memory_(config.memory) {
+    : backends_(backends), vm_(system.create_vm()), memory_(config.memory, config.memory_options) {
   memory_.attach(*vm_, 0);
   create_interrupt_inputs();
   chipset_ = create_chipset(config, {*vm_, memory_, ports_, mmio_, clock, power,

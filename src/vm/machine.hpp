@@ -11,6 +11,7 @@
 #include "base/event_loop.hpp"
 #include "device/serial.hpp"
 #include "device/table.hpp"
+#include "device/virtio/device.hpp"
 #include "kvm/kvm.hpp"
 #include "machine/boot/boot.hpp"
 #include "machine/bus.hpp"
@@ -42,6 +43,15 @@ class Machine {
   machine::GuestMemory& memory() noexcept { return memory_; }
   // How the kernel was recognized and entered.
   const std::string& protocol() const noexcept { return protocol_; }
+  // The `index`-th of the VirtIO devices of this class, in the order of the configuration; null: there are
+  // not so many.
+  template <class VirtioDevice>
+  VirtioDevice* find_device(size_t index = 0) noexcept {
+    for (const auto& mounted : optional_)
+      if (auto* found = dynamic_cast<VirtioDevice*>(mounted->virtio_device()); found && index-- == 0)
+        return found;
+    return nullptr;
+  }
   // False when it is known that the guest has no driver that would see it.
   bool press_power_button() noexcept { return chipset_->press_power_button(); }
   // By its id, or "disk0" for the first one without and so on; null: there is none of that name.

@@ -25,6 +25,8 @@ void store_bytes(std::span<uint8_t> bytes, uint64_t value) noexcept {
   std::memcpy(bytes.data(), &value, std::min(bytes.size(), sizeof value));
 }
 
+constexpr std::chrono::seconds statistics_patience(1);
+
 }  // namespace
 
 VirtualMachine::VirtualMachine(VmConfig config, std::unique_ptr<kvm::System> system,
@@ -42,7 +44,10 @@ VirtualMachine::~VirtualMachine() {
 
 Ending VirtualMachine::run() {
   backends_->keep();
-  const auto start = std::chrono::steady_clock::now();
+  {
+    const std::lock_guard lock(mutex_);
+    started_ = std::chrono::steady_clock::now();
+  }
   for (;;) {
     start_vcpus();
     Event event;
@@ -55,24 +60,29 @@ Ending VirtualMachine::run() {
     collect_statistics();
     if (!event.restart) {
       backends_->flush();
-      seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const std::lock_guard lock(mutex_);
+      ended_ = std::chrono::steady_clock::now();
       return event.ending;
     }
     // A reset is a new machine: nothing of the old one can leak into it. The old one goes first, so that
     // memory is not needed twice.
     {
       std::lock_guard lock(machine_mutex_);
-      resets_++;
       machine_.reset();
       machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
     }
     std::lock_guard lock(mutex_);
+    resets_++;
     if (event_->restart) event_.reset();  // else somebody has ended the VM in the meantime
   }
 }
 
 void VirtualMachine::start_vcpus() {
   stop_ = false;
+  {
+    const std::lock_guard lock(mutex_);
+    counted_.assign(machine_->cpus(), Counted{.running = true, .answered = request_});
+  }
   for (unsigned i = 0; i < machine_->cpus(); i++) threads_.emplace_back([this, i] { run_vcpu(i); });
 }
 
@@ -87,17 +97,41 @@ void VirtualMachine::stop_vcpus() noexcept {
   threads_.clear();
 }
 
+// No vCPU thread is there; each has handed over what it had counted.
 void VirtualMachine::collect_statistics() {
-  for (unsigned i = 0; i < machine_->cpus(); i++)
-    for (auto& counted : machine_->vcpu(i).statistics()) {
-      const auto same = std::ranges::find_if(accelerator_, [&](const auto& known) {
-        return known.group == counted.group && known.name == counted.name;
-      });
-      if (same == accelerator_.end())
-        accelerator_.push_back(std::move(counted));
-      else
-        same->value += counted.value;
-    }
+  const std::lock_guard lock(mutex_);
+  for (const Counted& vcpu : counted_) {
+    add_statistics(past_accelerator_, vcpu.accelerator);
+    past_vcpu_ns_ += vcpu.cpu_ns;
+  }
+  counted_.clear();
+}
+
+// On the vCPU's own thread.
+void VirtualMachine::hand_over(unsigned index, uint64_t request) noexcept {
+  timespec used{};
+  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+  auto accelerator = machine_->vcpu(index).statistics();
+  const std::lock_guard lock(mutex_);
+  Counted& counted = counted_[index];
+  counted.accelerator = std::move(accelerator);
+  counted.cpu_ns = static_cast<uint64_t>(used.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(used.tv_nsec);
+  counted.answered = request;
+  changed_.notify_all();
+}
+
+// With machine_mutex_ and `lock`, of mutex_, held. A vCPU that does not answer in time, because the host does
+// not let it run, is known by what it has said before.
+void VirtualMachine::ask_vcpus(std::unique_lock<std::mutex>& lock) noexcept {
+  const auto answered = [this, request = ++request_](const Counted& counted) {
+    return !counted.running || counted.answered >= request;
+  };
+  if (std::ranges::all_of(counted_, answered)) return;
+  changed_.notify_all();  // those that are paused
+  lock.unlock();
+  kick_all();
+  lock.lock();
+  changed_.wait_for(lock, statistics_patience, [&] { return std::ranges::all_of(counted_, answered); });
 }
 
 void VirtualMachine::kick_all() noexcept {
@@ -170,18 +204,37 @@ int VirtualMachine::resize_disk(std::string_view name, uint64_t bytes) noexcept 
   return disk ? disk->resize(bytes) : ENODEV;
 }
 
-// False when the machine is to stop.
-bool VirtualMachine::wait_while_paused() noexcept {
+bool VirtualMachine::paused() noexcept {
+  const std::lock_guard lock(mutex_);
+  return paused_;
+}
+
+bool VirtualMachine::with_machine(const std::function<void(Machine&)>& use) {
+  const std::lock_guard lock(machine_mutex_);
+  if (machine_) use(*machine_);
+  return machine_ != nullptr;
+}
+
+// Also hands over what was counted when somebody asks. False when the machine is to stop.
+bool VirtualMachine::wait_while_paused(unsigned index) noexcept {
   std::unique_lock lock(mutex_);
-  changed_.wait(lock, [this] { return !paused_ || stop_; });
-  return !stop_;
+  for (;;) {
+    const auto asked = [&] { return counted_[index].answered < request_; };
+    changed_.wait(lock, [&] { return !paused_ || stop_ || asked(); });
+    if (stop_) return false;
+    if (!asked()) return true;
+    const uint64_t request = request_;
+    lock.unlock();
+    hand_over(index, request);
+    lock.lock();
+  }
 }
 
 void VirtualMachine::run_vcpu(unsigned index) noexcept {
   drive(index);
-  timespec used{};
-  ::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
-  vcpu_ns_ += static_cast<uint64_t>(used.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(used.tv_nsec);
+  hand_over(index, UINT64_MAX);
+  const std::lock_guard lock(mutex_);
+  counted_[index].running = false;
 }
 
 void VirtualMachine::drive(unsigned index) noexcept {
@@ -191,7 +244,7 @@ void VirtualMachine::drive(unsigned index) noexcept {
     const kvm::Exit exit = vcpu.run();
     // An interrupted run is a kick (stop or pause), a stray signal, or a processor that waits to be started.
     if (exit.interrupted() || exit.status() == -EAGAIN) {
-      if (!wait_while_paused()) return;
+      if (!wait_while_paused(index)) return;
       continue;
     }
     if (!handle(vcpu, exit)) return;
@@ -251,14 +304,29 @@ void VirtualMachine::fail(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept {
                    .message = describe_failure(vcpu, exit, machine_->memory(), system_->name())}});
 }
 
-Statistics VirtualMachine::statistics() const {
-  return {.port_exits = port_exits_,
-          .memory_exits = memory_exits_,
-          .other_exits = other_exits_,
-          .resets = resets_,
-          .seconds = seconds_,
-          .vcpu_seconds = static_cast<double>(vcpu_ns_) / 1e9,
-          .accelerator = accelerator_};
+Statistics VirtualMachine::statistics() {
+  Statistics all{.name = config_.name,
+                 .accelerator_name = std::string(system_->name()),
+                 .port_exits = port_exits_,
+                 .memory_exits = memory_exits_,
+                 .other_exits = other_exits_};
+  const std::lock_guard machine(machine_mutex_);
+  if (machine_) describe_machine(*machine_, all);
+  std::unique_lock lock(mutex_);
+  ask_vcpus(lock);
+  all.resets = resets_;
+  all.paused = paused_;
+  if (started_)
+    all.seconds =
+        std::chrono::duration<double>(ended_.value_or(std::chrono::steady_clock::now()) - *started_).count();
+  uint64_t vcpu_ns = past_vcpu_ns_;
+  all.accelerator = past_accelerator_;
+  for (const Counted& vcpu : counted_) {
+    add_statistics(all.accelerator, vcpu.accelerator);
+    vcpu_ns += vcpu.cpu_ns;
+  }
+  all.vcpu_seconds = static_cast<double>(vcpu_ns) / 1e9;
+  return all;
 }
 
 }  // namespace lodge::vm

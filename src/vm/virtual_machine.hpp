@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -18,17 +19,9 @@
 #include "vm/config.hpp"
 #include "vm/ending.hpp"
 #include "vm/machine.hpp"
+#include "vm/statistics.hpp"
 
 namespace lodge::vm {
-
-struct Statistics {
-  uint64_t port_exits = 0, memory_exits = 0, other_exits = 0;
-  unsigned resets = 0;
-  double seconds = 0;       // from run() to its end
-  double vcpu_seconds = 0;  // CPU time of the vCPUs' threads, which also do what their exits ask for
-  // What the accelerator has counted, all vCPUs together; known when run() has returned.
-  std::vector<kvm::Statistic> accelerator;
-};
 
 class VirtualMachine final : public machine::Power {
  public:
@@ -57,7 +50,13 @@ class VirtualMachine final : public machine::Power {
 
   // How the kernel was entered, for logs.
   const std::string& protocol() const noexcept { return machine_->protocol(); }
-  Statistics statistics() const;
+  // Any thread. While the machine runs its vCPUs are asked, which takes them out of the guest for a moment.
+  Statistics statistics();
+  bool paused() noexcept;
+  // Calls `use` while no reset can replace the machine; false when there is none. Not from its own threads.
+  bool with_machine(const std::function<void(Machine&)>& use);
+  const VmConfig& config() const noexcept { return config_; }
+  std::string_view accelerator() const noexcept { return system_->name(); }
   const Backends& backends() const noexcept { return *backends_; }
 
   // What chips ask for (machine::Power); the vCPU that asked executes nothing more.
@@ -75,10 +74,12 @@ class VirtualMachine final : public machine::Power {
   void start_vcpus();
   void stop_vcpus() noexcept;
   void collect_statistics();
+  void ask_vcpus(std::unique_lock<std::mutex>& lock) noexcept;
+  void hand_over(unsigned index, uint64_t request) noexcept;
   void kick_all() noexcept;
   void run_vcpu(unsigned index) noexcept;
   void drive(unsigned index) noexcept;
-  bool wait_while_paused() noexcept;
+  bool wait_while_paused(unsigned index) noexcept;
   // False when the vCPU cannot go on.
   bool handle(kvm::Vcpu& vcpu, const kvm::Exit& exit) noexcept;
   void handle_io(const kvm::Exit::Io& io) noexcept;
@@ -95,6 +96,14 @@ class VirtualMachine final : public machine::Power {
   std::mutex machine_mutex_;  // held to replace machine_, and to use it from outside the VM's own threads
   std::unique_ptr<Machine> machine_;  // replaced while no vCPU thread exists
 
+  // What a vCPU has counted, as its thread has last handed it over: while it runs nobody else may look.
+  struct Counted {
+    bool running = false;
+    uint64_t answered = 0;  // the request that this answers
+    std::vector<kvm::Statistic> accelerator;
+    uint64_t cpu_ns = 0;
+  };
+
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<Event> event_;  // what run() has to act on
@@ -103,10 +112,13 @@ class VirtualMachine final : public machine::Power {
   std::vector<std::thread> threads_;
 
   std::atomic<uint64_t> port_exits_ = 0, memory_exits_ = 0, other_exits_ = 0;
+  // With mutex_ held.
   unsigned resets_ = 0;
-  std::atomic<uint64_t> vcpu_ns_ = 0;
-  double seconds_ = 0;
-  std::vector<kvm::Statistic> accelerator_;
+  std::optional<std::chrono::steady_clock::time_point> started_, ended_;
+  std::vector<Counted> counted_;  // by vCPU
+  uint64_t request_ = 0;          // numbers the times that vCPUs were asked
+  uint64_t past_vcpu_ns_ = 0;     // of threads that have ended, and so what they had counted
+  std::vector<kvm::Statistic> past_accelerator_;
 };
 
 }  // namespace lodge::vm

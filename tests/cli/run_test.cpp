@@ -114,11 +114,11 @@ TEST_P(Run, AReaderThatStopsReadingDoesNotStopTheCommandFromEnding) {
 }
 
 TEST_P(Run, StatisticsAreJsonOnRequest) {
-  const std::string accelerator = GetParam();
-  const Result result = run("o", {"--json", "--name", "tiny"});
+  const std::string accelerator = GetParam(), name = "tiny-" + std::to_string(::getpid());
+  const Result result = run("o", {"--json", "--name", name});
   EXPECT_EQ(result.status, 0);
   const auto json = nlohmann::json::parse(result.err);
-  EXPECT_EQ(json["name"], "tiny");
+  EXPECT_EQ(json["name"], name);
   EXPECT_EQ(json["accelerator"], GetParam());
   EXPECT_EQ(json["exit_status"], 0);
   EXPECT_GE(json["exits"]["port"], 12);  // six characters, each with a look at the line status

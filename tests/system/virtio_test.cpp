@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <functional>
+#include <nlohmann/json.hpp>
 #include <regex>
 #include <thread>
 
@@ -259,6 +261,54 @@ TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
                                 {"--memory", "512M", "--device", "virtio-balloon,inflate=256"});
   // Of about 440 MiB; Linux leaves the total as it was, since it may take the memory back.
   EXPECT_THAT(out, ContainsRegex("MemFree: +1[0-9]{5} kB"));
+}
+
+// The balloon that every machine has, through the control socket. With it Linux' own account of its memory is
+// seen.
+TEST_F(Virtio, TheBalloonIsSteeredWhileTheGuestRuns) {
+  NEEDS_GUEST("cloud");
+  const std::string path = testing::TempDir() + "lodge-balloon-" + std::to_string(::getpid());
+  const auto ctl = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), {LODGE_BINARY, "ctl", path});
+    const auto result = testing_support::run(words, answer_patience);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return result.out;
+  };
+  const auto balloon = [&] { return nlohmann::json::parse(ctl({"balloon", "--json"}), nullptr, false); };
+  const auto eventually = [&](const std::function<bool(const nlohmann::json&)>& true_of) {
+    for (int i = 0; i < 600; i++, ::usleep(100'000))
+      if (true_of(balloon())) return true;
+    return false;
+  };
+  Process process(
+      command("cloud", "console=ttyS0 quiet lodge.mode=shell", {"--memory", "512M", "--control", path}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  constexpr uint64_t MiB = 1 << 20;
+  EXPECT_TRUE(eventually([&](const auto& told) {
+    return told["guest"].value("total", 0ull) > 400 * MiB && told["guest"].value("free", 0ull) > 300 * MiB &&
+           told["guest"].contains("available");
+  })) << balloon();
+  // What the kernel has freed after its start; its reports come after two seconds.
+  EXPECT_TRUE(eventually([&](const auto& told) { return told["balloon"]["released"] > 0; })) << balloon();
+
+  ctl({"balloon", "200M"});
+  EXPECT_TRUE(eventually([&](const auto& told) { return told["balloon"]["actual"] >= 200 * MiB; }))
+      << balloon();
+  EXPECT_TRUE(eventually([&](const auto& told) { return told["guest"].value("free", 0ull) < 300 * MiB; }))
+      << balloon();
+  ctl({"balloon", "0"});
+  EXPECT_TRUE(eventually([&](const auto& told) { return told["balloon"]["actual"] == 0; })) << balloon();
+
+  EXPECT_THAT(ctl({"balloon", "hint"}), HasSubstr(" as free within "));
+  const auto hinted = nlohmann::json::parse(ctl({"balloon", "hint", "--json"}), nullptr, false);
+  EXPECT_GT(hinted.value("bytes", 0ull), 100 * MiB);  // in blocks of 4 MiB
+  // The driver has taken its pages back.
+  EXPECT_TRUE(eventually([&](const auto& told) { return told["guest"].value("free", 0ull) > 300 * MiB; }))
+      << balloon();
+  process.send("poweroff -f\n");
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+  EXPECT_FALSE(std::filesystem::exists(path));
 }
 
 TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {

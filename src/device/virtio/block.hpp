@@ -38,6 +38,7 @@ class Block final : public Device, public Disk {
 
   // Tells the driver the image's present size.
   void resized() noexcept;
+  block::Image& image() noexcept { return *image_; }
 
  private:
   // A request on its way through the image. Its thread owns it until the image has it, then the lock.

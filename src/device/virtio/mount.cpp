@@ -32,6 +32,7 @@ class MountedPci final : public MountedDevice {
   }
   ~MountedPci() override { root_.remove(slot_, 0); }
   Savable* savable() noexcept override { return &transport_; }
+  Device* virtio_device() noexcept override { return &transport_.device(); }
 
  private:
   pci::Root& root_;
@@ -52,6 +53,7 @@ class MountedMmio final : public MountedDevice {
     transport_.mounted(place.base);
   }
   Savable* savable() noexcept override { return &transport_; }
+  Device* virtio_device() noexcept override { return &transport_.device(); }
 
  private:
   std::unique_ptr<EventLoop> own_loop_;  // outlives the watches of the device

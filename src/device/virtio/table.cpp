@@ -63,6 +63,7 @@ class MountedDisk final : public MountedDevice {
   MountedDisk(std::unique_ptr<MountedDevice> mounted, Disk& disk)
       : mounted_(std::move(mounted)), disk_(disk) {}
   Savable* savable() noexcept override { return mounted_->savable(); }
+  Device* virtio_device() noexcept override { return mounted_->virtio_device(); }
   Disk* disk() noexcept override { return &disk_; }
 
  private:
@@ -115,7 +116,9 @@ std::unique_ptr<MountedDevice> make_vsock(const DeviceContext& context, const De
 }
 
 constexpr auto balloon_options = options_with_common(
-    OptionSchema{"inflate", "", "0", "MiB that the guest is asked to do without from the start"});
+    OptionSchema{"inflate", "", "0", "MiB that the guest is asked to do without from the start"},
+    OptionSchema{"squeeze", "", "on",
+                 "inflated for a moment when the guest has freed much, so that the host gets it soon"});
 
 constexpr auto file_system_options = options_of_modern(
     OptionSchema{"path", "", "", "the folder of the host"},
@@ -146,6 +149,7 @@ constexpr std::array table{
         "virtio-balloon", "gives memory that the guest does not use back to the host", balloon_options,
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
           auto balloon = std::make_unique<Balloon>(context.ram, ring_features(options));
+          if (options.flag("squeeze")) balloon->collect_free_memory(context.clock);
           balloon->set_target(options.number("inflate", 0, 1u << 24) << 20);
           return mount(context, options, std::move(balloon));
         }},

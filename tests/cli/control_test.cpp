@@ -1,0 +1,200 @@
+// lodge ctl and lodge list, with a tiny guest on the soft accelerator.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "support/process.hpp"
+
+namespace lodge {
+namespace {
+
+using testing::HasSubstr;
+using testing_support::Process;
+using testing_support::Result;
+using testing_support::Seconds;
+
+constexpr Seconds patience(60);
+
+class Control : public testing::Test {
+ protected:
+  void SetUp() override {
+    std::string pattern = testing::TempDir() + "lodge-XXXXXX";
+    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+    directory_ = pattern;
+  }
+  void TearDown() override { std::filesystem::remove_all(directory_); }
+
+  // The command, in a runtime directory of the test's own.
+  std::vector<std::string> lodge(std::vector<std::string> arguments) const {
+    std::vector<std::string> all = {"/usr/bin/env", "XDG_RUNTIME_DIR=" + directory_, LODGE_BINARY};
+    all.insert(all.end(), arguments.begin(), arguments.end());
+    return all;
+  }
+  std::vector<std::string> machine(const std::string& action, const std::vector<std::string>& more) const {
+    std::vector<std::string> all = {"run",     "--kernel", LODGE_GUEST, "--memory", "16M",
+                                    "--accel", "soft",     "--append",  action};
+    all.insert(all.end(), more.begin(), more.end());
+    return lodge(all);
+  }
+  Result run(const std::vector<std::string>& arguments) const {
+    return testing_support::run(lodge(arguments), patience);
+  }
+  nlohmann::json asked(const std::vector<std::string>& arguments) const {
+    const Result result = run(arguments);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return nlohmann::json::parse(result.out, nullptr, false);
+  }
+  std::string directory_;
+};
+
+TEST_F(Control, AMachineIsListedAskedAndEndedByItsName) {
+  EXPECT_EQ(run({"list"}).out, "");
+  Process web(machine("h", {"--name", "web"}));
+  ASSERT_TRUE(web.wait_output("halted\n", patience)) << web.err();
+  EXPECT_THAT(run({"list"}).out, HasSubstr("web"));
+  const auto list = asked({"list", "--json"});
+  ASSERT_EQ(list.size(), 1u);
+  EXPECT_EQ(list[0]["status"], "running");
+  EXPECT_EQ(list[0]["memory"], 16 << 20);
+
+  EXPECT_EQ(asked({"ctl", "web", "pause", "--json"}), nlohmann::json::object());
+  EXPECT_THAT(run({"ctl", "web", "status"}).out, HasSubstr("web: paused, process "));
+  run({"ctl", "web", "resume"});
+  EXPECT_EQ(asked({"ctl", "web", "status", "--json"})["status"], "running");
+
+  EXPECT_EQ(run({"ctl", "web", "quit"}).status, 0);
+  EXPECT_EQ(web.wait_exit(patience), 10);
+  EXPECT_EQ(run({"list"}).out, "");
+  EXPECT_EQ(run({"ctl", "web", "status"}).status, 2);
+}
+
+// The vCPU is asked while it runs the guest, and also while it stands still.
+TEST_F(Control, StatisticsAreLive) {
+  Process process(machine("s", {"--name", "spam", "--stats", "--serial", "null"}));
+  nlohmann::json first = nlohmann::json::object();
+  for (int i = 0; i < 600 && first.value("seconds", 0.0) == 0; i++) {
+    const Result result = run({"ctl", "spam", "stats", "--json"});
+    first = nlohmann::json::parse(result.status == 0 ? result.out : "{}", nullptr, false);
+    ::usleep(100'000);
+  }
+  const auto instructions = [](const nlohmann::json& counted) {
+    return counted["counted"]["instructions"]["interpreted"].get<uint64_t>() +
+           counted["counted"]["instructions"]["translated"].get<uint64_t>();
+  };
+  for (int i = 0;
+       i < 600 && asked({"ctl", "spam", "stats", "--json"})["exits"]["port"] == first["exits"]["port"]; i++)
+    ::usleep(100'000);
+  const auto second = asked({"ctl", "spam", "stats", "--json"});
+  EXPECT_GT(instructions(second), instructions(first));
+  EXPECT_GT(second["guest_mips"], 0);
+  EXPECT_EQ(second["memory"]["size"], 16 << 20);
+  EXPECT_GT(second["memory"]["resident"], 0);
+  EXPECT_EQ(second["balloon"]["target"], 0);
+
+  run({"ctl", "spam", "pause"});
+  const auto paused = asked({"ctl", "spam", "stats", "--json"});
+  ::usleep(100'000);
+  EXPECT_EQ(instructions(asked({"ctl", "spam", "stats", "--json"})), instructions(paused));
+  EXPECT_THAT(run({"ctl", "spam", "stats"}).out, HasSubstr(" million guest instructions for each of "));
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
+}
+
+TEST_F(Control, AResetIsANewMachineBehindTheSameSocket) {
+  Process process(machine("h", {"--control", directory_ + "/socket"}));
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  EXPECT_EQ(run({"ctl", directory_ + "/socket", "reset"}).status, 0);
+  ASSERT_TRUE(process.wait_output("halted\nhalted\n", patience)) << process.err();
+  EXPECT_EQ(asked({"ctl", directory_ + "/socket", "stats", "--json"})["resets"], 1);
+  // A guest without drivers can be told things, and some cannot be done.
+  EXPECT_EQ(run({"ctl", directory_ + "/socket", "console-resize", "100x40"}).status, 0);
+  for (const auto& [command, message] :
+       {std::pair{"powerdown", "power button"}, std::pair{"disk-resize disk0 1G", "no disk"}}) {
+    std::vector<std::string> words = {"ctl", directory_ + "/socket"};
+    std::istringstream text(command);
+    for (std::string word; text >> word;) words.push_back(word);
+    const Result result = run(words);
+    EXPECT_EQ(result.status, 12) << command;
+    EXPECT_THAT(result.err, HasSubstr(message));
+  }
+  EXPECT_EQ(run({"ctl", directory_ + "/socket", "balloon", "8M"}).status, 0);
+  EXPECT_THAT(run({"ctl", directory_ + "/socket", "balloon"}).out,
+              HasSubstr("target      8 MiB\nactual      0 MiB\n"));
+  EXPECT_THAT(run({"ctl", directory_ + "/socket", "balloon", "hint"}).err, HasSubstr("no driver"));
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
+}
+
+TEST_F(Control, ADiskGrows) {
+  const std::string disk = directory_ + "/disk.raw";
+  ASSERT_EQ(run({"image", "create", "--format", "raw", disk, "1M"}).status, 0);
+  Process process(machine("h", {"--name", "db", "--disk", disk}));
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  EXPECT_EQ(run({"ctl", "db", "disks"}).out, "disk0  raw  1 MiB\n");
+  EXPECT_EQ(run({"ctl", "db", "disk-resize", "disk0", "2M"}).status, 0);
+  EXPECT_EQ(std::filesystem::file_size(disk), 2u << 20);
+  EXPECT_EQ(asked({"ctl", "db", "qmp", "query-block"})[0]["size"], 2 << 20);
+  EXPECT_THAT(run({"ctl", "db", "disk-resize", "disk0", "1M"}).err, HasSubstr("only grows"));
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
+}
+
+TEST_F(Control, ANameBelongsToOneMachineAndOutlivesAKilledOne) {
+  {
+    Process first(machine("h", {"--name", "one"}));
+    ASSERT_TRUE(first.wait_output("halted\n", patience)) << first.err();
+    const Result second = testing_support::run(machine("h", {"--name", "one"}), patience);
+    EXPECT_EQ(second.status, 2);
+    EXPECT_THAT(second.err, HasSubstr("a running machine has it"));
+    first.signal(SIGKILL);
+    first.wait_exit(patience);
+  }
+  EXPECT_TRUE(std::filesystem::exists(directory_ + "/lodge/one.sock"));
+  const Result result = run({"ctl", "one", "status"});
+  EXPECT_EQ(result.status, 2);
+  EXPECT_THAT(result.err, HasSubstr("no machine listens"));
+  EXPECT_EQ(testing_support::run(machine("o", {"--name", "one"}), patience).status, 0);
+  EXPECT_FALSE(std::filesystem::exists(directory_ + "/lodge/one.sock"));
+}
+
+TEST_F(Control, BadWordsAreRefusedBeforeAnythingIsAsked) {
+  for (const auto& [words, message] : std::vector<std::pair<std::vector<std::string>, std::string>>{
+           {{"ctl", "x", "jump"}, "there are status, stats"},
+           {{"ctl", "x", "disk-resize", "disk0"}, "write 'disk-resize DISK SIZE'"},
+           {{"ctl", "x", "status", "now"}, "write 'status'"},
+           {{"ctl", "a b", "status"}, "cannot name a control socket"}}) {
+    const Result result = run(words);
+    EXPECT_EQ(result.status, 2);
+    EXPECT_THAT(result.err, HasSubstr(message));
+  }
+}
+
+// Memory of every kind that this host has; of the others it says what is missing.
+TEST_F(Control, MemoryIsWhatWasAskedFor) {
+  const auto resident = [&](const std::vector<std::string>& options) {
+    std::vector<std::string> all = {"--json"};
+    all.insert(all.end(), options.begin(), options.end());
+    const Result result = testing_support::run(machine("o", all), patience);
+    EXPECT_EQ(result.status, 0) << result.err;
+    const auto json = nlohmann::json::parse(result.err, nullptr, false);
+    return json.is_object() ? json["memory"]["resident"].get<uint64_t>() : 0;
+  };
+  EXPECT_EQ(resident({"--preallocate"}), 16u << 20);
+  EXPECT_EQ(resident({"--preallocate", "--transparent-hugepages", "off"}), 16u << 20);
+  const uint64_t touched = resident({"--transparent-hugepages", "off"});
+  EXPECT_GT(touched, 0u);
+  EXPECT_LT(touched, 16u << 20);
+  if (std::filesystem::exists("/sys/kernel/mm/ksm")) {
+    const uint64_t mergeable = resident({"--ksm", "--transparent-hugepages", "off"});
+    EXPECT_GT(mergeable, 0u);
+    EXPECT_LT(mergeable, 16u << 20);
+  }
+}
+
+}  // namespace
+}  // namespace lodge
