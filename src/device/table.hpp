@@ -28,7 +28,7 @@ class Root;
 namespace virtio {
 class Device;
 class MmioSlots;
-}
+}  // namespace virtio
 
 // What a factory may use of the machine. All of it outlives every device.
 struct DeviceContext {
