@@ -70,7 +70,7 @@ TEST_F(TableTest, VirtioDevicesGoWhereTheMachineHasRoomForThem) {
     EXPECT_EQ(memory.read(base, 4), 0x7472'6976u);
     EXPECT_EQ(memory.read(base + 8, 4), 4u);
     EXPECT_EQ(memory.read(base + 0x1000 + 8, 4), 5u);
-    EXPECT_EQ(platform.doorbells.size(), 1u + 4u);
+    EXPECT_EQ(platform.doorbells.size(), 1u + 5u);
   }
   EXPECT_EQ(memory.read(base, 4), 0xffff'ffffu);
   EXPECT_TRUE(platform.doorbells.empty());

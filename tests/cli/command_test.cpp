@@ -71,7 +71,7 @@ TEST(Completion, BashScriptCompletesOptionsAndTheirValues) {
       "COMP_WORDS=(lodge run --no) COMP_CWORD=2; _lodge; echo \"${COMPREPLY[@]}\"; "
       "COMP_WORDS=(lodge doc) COMP_CWORD=1; _lodge; echo \"${COMPREPLY[@]}\"";
   const Result result = run({"/bin/bash", "-c", complete}, Seconds(20));
-  EXPECT_EQ(result.out, "soft\n--no-reboot\ndoctor\n") << result.err;
+  EXPECT_EQ(result.out, "soft\n--no-balloon --no-reboot\ndoctor\n") << result.err;
 }
 
 TEST(Completion, EveryShellGetsAScriptWithAllOptions) {

@@ -178,7 +178,7 @@ TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   write("text", "not an image");
   refuse({"check", path("text")}, "not a qcow2 image");
   refuse({"rebase", path("disk")}, "--no-backing");
-  refuse({"fly"}, "there are create, info, check, convert, resize, snapshot and rebase");
+  refuse({"fly"}, "there are build, create, info, check, convert, resize, snapshot and rebase");
   refuse({}, "lodge image --help");
   EXPECT_FALSE(std::filesystem::exists(path("new")));
 }

@@ -61,7 +61,8 @@ TEST_F(Network, TapCarriesFilesAndPings) {
       "busybox httpd -f -p 10.77.0.1:8080 -h . &\n"
       // A listener whose input ends would end the connection.
       "sleep 10000 | busybox nc -l -p 9000 >back &\n"
-      "(until busybox ping -c 2 -W 5 10.77.0.2 >ping 2>&1; do sleep 1; done) &\n"
+      "(until busybox ping -c 2 -W 5 10.77.0.2 >ping 2>&1 && grep -q '2 packets received' ping; do sleep 1; "
+      "done) &\n"
       "\"$@\"";
   auto words = in_own_network();
   words.insert(words.end(), {"/bin/sh", "-c", script, "sh"});

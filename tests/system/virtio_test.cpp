@@ -56,7 +56,7 @@ TEST_F(Virtio, EntropyByEveryInterface) {
         "cat /sys/class/misc/hw_random/rng_available; dd if=/dev/hwrng bs=4096 count=4 | wc -c; grep virtio "
         "/proc/interrupts; ls /sys/bus/pci/devices; f=/sys/bus/virtio/devices/virtio0/features; "
         "echo features=$(cut -c33 $f) $(cut -c35 $f)",
-        {"--device", way.option}, way.append);
+        {"--no-balloon", "--device", way.option}, way.append);
     EXPECT_THAT(out, HasSubstr("virtio_rng.0")) << way.option;
     EXPECT_THAT(out, HasSubstr("16384")) << way.option;
     EXPECT_THAT(out, ContainsRegex(fmt::format("{}.*virtio0", way.interrupt))) << way.option << way.append;
