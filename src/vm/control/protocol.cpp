@@ -97,7 +97,7 @@ std::string text_argument(const Request& request, const char* name) {
 
 void allow_arguments(const Request& request, std::initializer_list<const char*> names) {
   for (const auto& [name, value] : request.arguments.items())
-    if (std::ranges::none_of(names, [&](const char* known) { return name == known; }))
+    if (std::ranges::none_of(names, [&given = name](const char* known) { return given == known; }))
       throw CommandError(fmt::format("{}: there is no argument '{}'", request.command, name));
 }
 
