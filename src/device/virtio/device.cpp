@@ -271,7 +271,9 @@ void Device::load(const nlohmann::json& json) {
   };
   if (common.type != static_cast<uint16_t>(description_.type))
     wrong("it belongs to a device of another type");
-  if (common.features & ~offered_) wrong("its driver uses features that this build does not have");
+  // Before the negotiation ends it may have written anything (2.2.1).
+  if ((common.status & (FEATURES_OK | DRIVER_OK)) && (common.features & ~offered_))
+    wrong("its driver uses features that this build does not have");
   if (!json.contains("queues") || !json["queues"].is_array() || json["queues"].size() != queues_.size())
     wrong("another number of queues");
   std::vector<Slot> slots(queues_.size());

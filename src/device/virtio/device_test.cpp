@@ -286,6 +286,19 @@ TEST_P(DeviceTest, ADeviceThatNeedsAResetIsSavedAndLoaded) {
   EXPECT_TRUE(other.status() & DEVICE_NEEDS_RESET);
 }
 
+// A driver may write features that are not offered; only FEATURES_OK asks whether they fit.
+TEST_P(DeviceTest, FeaturesInNegotiationAreSavedWhateverTheyAre) {
+  shelf.set_status(ACKNOWLEDGE | DRIVER, false);
+  shelf.set_driver_features(~uint64_t{0});
+  Shelf other(memory);
+  nlohmann::json saved;
+  shelf.save(saved);
+  other.load(saved);
+  EXPECT_EQ(other.driver_features(), ~uint64_t{0});
+  other.set_status(ACKNOWLEDGE | DRIVER | FEATURES_OK, false);
+  EXPECT_FALSE(other.status() & FEATURES_OK);
+}
+
 TEST_P(DeviceTest, SavedStateThatDoesNotFitIsRefused) {
   ASSERT_TRUE(driver.start(wanted));
   nlohmann::json good, after;
