@@ -88,16 +88,21 @@ GUEST_CODE(
     "mov $3000, %edx; 1: dec %edx; jnz 1b; mov $0xd8, %al; out %al, $0x43; in $0x42, %al; mov %al, %dl;"
     "in $0x42, %al; mov %al, %dh; out %al, $0xe0");
 CONTRACT_TEST(LegacyChips, ThePitCountsDownAndIsReadByLatchAndReadBack) {
-  auto guest = test.guest({.irqchip = Irqchip::full});
-  guest->vm().create_pit2({.flags = KVM_PIT_SPEAKER_DUMMY});  // port 0x61 too
-  guest->load(pit_read);
-  guest->enter(Mode::long64);
-  guest->finish();
-  const auto regs = guest->vcpu().regs();
-  EXPECT_EQ(regs.rbx & 0x3f, 0x30u) << "status: low then high byte, mode 0, binary";
-  const auto first = static_cast<uint16_t>(regs.rcx), second = static_cast<uint16_t>(regs.rdx);
-  EXPECT_LT(static_cast<uint16_t>(first - second), 0x8000) << "it falls (modulo 65536)";
-  EXPECT_NE(first, second);
+  // The counter goes round in 55 ms: whoever is kept from the processor for half of that between the two
+  // readings cannot tell which way it went.
+  bool falls = false;
+  for (int attempt = 0; attempt < 5 && !falls; ++attempt) {
+    auto guest = test.guest({.irqchip = Irqchip::full});
+    guest->vm().create_pit2({.flags = KVM_PIT_SPEAKER_DUMMY});  // port 0x61 too
+    guest->load(pit_read);
+    guest->enter(Mode::long64);
+    guest->finish();
+    const auto regs = guest->vcpu().regs();
+    EXPECT_EQ(regs.rbx & 0x3f, 0x30u) << "status: low then high byte, mode 0, binary";
+    const auto first = static_cast<uint16_t>(regs.rcx), second = static_cast<uint16_t>(regs.rdx);
+    falls = first != second && static_cast<uint16_t>(first - second) < 0x8000;
+  }
+  EXPECT_TRUE(falls);
 }
 
 CONTRACT_TEST(LegacyChips, PitStateRoundTrips) {
