@@ -95,6 +95,7 @@ TEST_F(VcpuTimerTest, AWakeEndsTheHaltAndLeavesTheTimerArmed) {
 
 // As in run(): the alarm of the vCPU's thread tells, not the clock's thread.
 TEST_F(VcpuTimerTest, TheThreadItselfIsInterrupted) {
+  if (!ThreadAlarm::create()) GTEST_SKIP() << "no alarms here";
   const VcpuTimer::OnThread on_thread(*timer);
   ASSERT_EQ(request, 0u);
   const uint64_t deadline = clock.now() + 3 * ms;
@@ -105,6 +106,7 @@ TEST_F(VcpuTimerTest, TheThreadItselfIsInterrupted) {
 }
 
 TEST_F(VcpuTimerTest, AnAlarmBetweenTwoRunsIsNotForgotten) {
+  if (!ThreadAlarm::create()) GTEST_SKIP() << "no alarms here";
   { const VcpuTimer::OnThread on_thread(*timer); }
   handle->arm(clock.now() + 2 * ms);
   std::this_thread::sleep_for(std::chrono::milliseconds(10));
@@ -115,6 +117,7 @@ TEST_F(VcpuTimerTest, AnAlarmBetweenTwoRunsIsNotForgotten) {
 }
 
 TEST_F(VcpuTimerTest, AVcpuMayMoveToAnotherThreadWithItsTimer) {
+  if (!ThreadAlarm::create()) GTEST_SKIP() << "no alarms here";
   {
     const VcpuTimer::OnThread on_thread(*timer);
     handle->arm(clock.now() + 5 * ms);
