@@ -66,6 +66,22 @@ std::string memory_text(const Json& counted) {
   return line;
 }
 
+std::string traffic_text(const Json& traffic) {
+  return fmt::format("{:.0f} packets, {:.1f} MiB, {:.0f} dropped", number(traffic, "packets"),
+                     mebibytes(traffic, "bytes"), number(traffic, "dropped"));
+}
+
+// A line for each card.
+std::string networks_text(const Json& counted) {
+  std::string lines;
+  const auto networks = counted.find("networks");
+  if (networks == counted.end() || !networks->is_array()) return lines;
+  for (const Json& network : *networks)
+    lines += fmt::format("\n  network {}: to the guest {}; from it {}", text(network, "mac"),
+                         traffic_text(part(network, "to_guest")), traffic_text(part(network, "from_guest")));
+  return lines;
+}
+
 }  // namespace
 
 std::string statistics_text(const Json& counted) {
@@ -85,7 +101,7 @@ std::string statistics_text(const Json& counted) {
   if (counted.contains("soft_tlb_hit_rate"))
     lines += fmt::format("\n  {:.3f} % of translated code's look-ups hit the soft TLB",
                          number(counted, "soft_tlb_hit_rate") * 100);
-  return lines + memory_text(counted) + groups_text(part(counted, "counted"));
+  return lines + memory_text(counted) + networks_text(counted) + groups_text(part(counted, "counted"));
 }
 
 }  // namespace lodge::cli

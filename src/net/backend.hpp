@@ -49,6 +49,14 @@ class Backend {
   // The MTU to propose to the guest; 0: its own choice.
   virtual uint16_t mtu() const noexcept { return 0; }
 
+  // Frames that it could not pass on so far. Any thread.
+  struct Losses {
+    uint64_t to_guest = 0, from_guest = 0;
+  };
+  virtual Losses losses() const noexcept { return {}; }
+  // The machine starts: files may lose what they held. Until then a back end leaves nothing behind.
+  virtual void keep() noexcept {}
+
   // Packets go to `card` until disconnect(), after whose return it is not called any more. `loop` serves the
   // card and outlives the connection.
   virtual void connect(Card& card, EventLoop& loop) noexcept = 0;

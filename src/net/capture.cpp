@@ -13,6 +13,8 @@
 #include <cstring>
 #include <mutex>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -40,11 +42,12 @@ constexpr size_t max_buffered = 8 << 20;
 
 class CaptureFile {
  public:
-  explicit CaptureFile(const std::string& path)
-      : file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600)) {
+  explicit CaptureFile(const std::string& path) : path_(path) {
+    constexpr int flags = O_WRONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+    file_.reset(::open(path.c_str(), flags | O_CREAT | O_EXCL, 0600));
+    created_ = static_cast<bool>(file_);
+    if (!file_ && errno == EEXIST) file_.reset(::open(path.c_str(), flags));
     if (!file_) usage_error("--net ...,pcap={}: cannot write this file: {}", path, std::strerror(errno));
-    const FileHeader header;
-    append(&header, sizeof header);
     thread_ = std::thread([this] { loop(); });
   }
   ~CaptureFile() {
@@ -54,6 +57,16 @@ class CaptureFile {
     }
     wake_.notify_one();
     thread_.join();
+    if (created_ && !begun_) ::unlink(path_.c_str());
+  }
+  // What was in the file goes, what is added comes into it.
+  void begin() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (std::exchange(begun_, true)) return;
+    std::ignore = ::ftruncate(file_.get(), 0);  // a pipe has nothing to lose
+    const FileHeader header;
+    append(&header, sizeof header);
+    wake_.notify_one();
   }
   // Any thread; never waits for the file.
   void add(std::span<const iovec> frame, size_t size) noexcept {
@@ -62,7 +75,7 @@ class CaptureFile {
     const PacketRecord record{static_cast<uint32_t>(now.tv_sec), static_cast<uint32_t>(now.tv_nsec),
                               static_cast<uint32_t>(size), static_cast<uint32_t>(size)};
     const std::lock_guard lock(mutex_);
-    if (waiting_.size() + sizeof record + size > max_buffered) return;
+    if (!begun_ || waiting_.size() + sizeof record + size > max_buffered) return;
     const bool first = waiting_.empty();
     append(&record, sizeof record);
     const size_t at = waiting_.size();
@@ -109,11 +122,14 @@ class CaptureFile {
     writing_.clear();
   }
 
+  const std::string path_;
   Fd file_;
+  bool created_ = false;
   bool failed_ = false;  // of the thread
   std::vector<uint8_t> writing_;
   std::mutex mutex_;
   std::condition_variable wake_;
+  bool begun_ = false;
   std::vector<uint8_t> waiting_;
   std::atomic<bool> stop_ = false;
   std::thread thread_;
@@ -123,6 +139,11 @@ class Capture final : public Interposer {
  public:
   Capture(std::unique_ptr<Backend> watched, const std::string& path)
       : Interposer(std::move(watched)), file_(path) {}
+
+  void keep() noexcept override {
+    file_.begin();
+    Interposer::keep();
+  }
 
   bool send(unsigned queue, const PacketHeader& header, std::span<const iovec> frame) noexcept override {
     if (!network().send(queue, header, frame)) return false;

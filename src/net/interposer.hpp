@@ -16,6 +16,8 @@ class Interposer : public Backend, protected Card {
   Offloads transmit_offloads() const noexcept override { return network_->transmit_offloads(); }
   Offloads receive_offloads() const noexcept override { return network_->receive_offloads(); }
   uint16_t mtu() const noexcept override { return network_->mtu(); }
+  Losses losses() const noexcept override { return network_->losses(); }
+  void keep() noexcept override { network_->keep(); }
   void connect(Card& plugged, EventLoop& loop) noexcept override {
     card_ = &plugged;
     network_->connect(*this, loop);
@@ -44,7 +46,8 @@ class Interposer : public Backend, protected Card {
 
 // A back end that writes all packets that go through `network` to the file at `path`, in the pcap format, as
 // the card sees them: what is to be segmented is not yet. Never waits for the file: what it cannot take in
-// time is missing in it. Throws UsageError naming the option when the file cannot be made.
+// time is missing in it. Until keep() the file is as it was, and nothing is written; one that capture() has
+// made goes again without that. Throws UsageError naming the option when the file cannot be made.
 std::unique_ptr<Backend> capture(std::unique_ptr<Backend> network, const std::string& path);
 
 // A back end that lets at most `rate` bytes a second through `network` in each direction; up to `burst` (0: a

@@ -59,6 +59,7 @@ TEST(Capture, KeepsThePacketsOfBothDirections) {
   auto inner = std::make_unique<Plain>();
   Plain& plain = *inner;
   auto network = capture(std::move(inner), path);
+  network->keep();
   network->connect(card, loop);
   EXPECT_TRUE(send(*network, frame_of(60, 1)));
   plain.blocked = true;
@@ -82,6 +83,32 @@ TEST(Capture, KeepsThePacketsOfBothDirections) {
   EXPECT_THROW(capture(std::make_unique<Plain>(), "/no/such/directory/file"), UsageError);
 }
 
+// A machine that never starts, since a later option is wrong, leaves no file behind and none empty.
+TEST(Capture, LeavesFilesAloneUntilTheMachineStarts) {
+  const std::string path = ::testing::TempDir() + "lodge-pcap-" + std::to_string(::getpid());
+  const auto size = [&] {
+    struct stat status {};
+    return ::stat(path.c_str(), &status) == 0 ? static_cast<int>(status.st_size) : -1;
+  };
+  const auto send_one = [&](bool start) {
+    EventLoop loop("test");
+    Listener card;
+    const auto network = capture(std::make_unique<Plain>(), path);
+    if (start) network->keep();
+    network->connect(card, loop);
+    EXPECT_TRUE(send(*network, frame_of(60)));
+    network->disconnect();
+  };
+  send_one(false);
+  EXPECT_EQ(size(), -1);
+  std::ofstream(path) << std::string(1000, 'x');
+  send_one(false);
+  EXPECT_EQ(size(), 1000);
+  send_one(true);
+  EXPECT_EQ(size(), 24 + 16 + 60);
+  ::unlink(path.c_str());
+}
+
 // A file that takes nothing (a pipe without a reader's help) does not stop the packets.
 TEST(Capture, NeverWaitsForItsFile) {
   const std::string path = ::testing::TempDir() + "lodge-pipe-" + std::to_string(::getpid());
@@ -92,6 +119,7 @@ TEST(Capture, NeverWaitsForItsFile) {
   auto inner = std::make_unique<Plain>();
   Plain& plain = *inner;
   auto network = capture(std::move(inner), path);
+  network->keep();
   network->connect(card, loop);
   for (unsigned i = 0; i < 1000; i++) EXPECT_TRUE(send(*network, frame_of(60'000)));
   EXPECT_EQ(plain.bytes_sent, 60'000'000u);

@@ -30,6 +30,13 @@ struct Offloads {
   bool operator==(const Offloads&) const = default;
 };
 
+// What has passed in one direction, and what was lost on the way; bytes are those of frames.
+struct Traffic {
+  uint64_t packets = 0, bytes = 0, dropped = 0;
+  void count(size_t frame) noexcept { packets++, bytes += frame; }
+  bool operator==(const Traffic&) const = default;
+};
+
 // An Ethernet header with a VLAN tag and the longest IPv4 packet: no frame is longer.
 inline constexpr size_t ethernet_header = 14, vlan_tag = 4;
 inline constexpr size_t max_frame = ethernet_header + vlan_tag + 65535;
@@ -38,5 +45,10 @@ inline constexpr size_t max_frame = ethernet_header + vlan_tag + 65535;
 size_t total_size(std::span<const iovec> pieces) noexcept;
 size_t gather(std::span<const iovec> pieces, std::span<uint8_t> out) noexcept;
 size_t scatter(std::span<const uint8_t> bytes, std::span<const iovec> pieces) noexcept;
+// From one to the other, as far as there is room.
+size_t copy_pieces(std::span<const iovec> from, std::span<const iovec> to) noexcept;
+// The part that begins at `offset` and has `count` bytes, or fewer where `pieces` or `out` end. Returns how
+// many of `out` it takes, none of them empty.
+size_t cut_pieces(std::span<const iovec> pieces, size_t offset, size_t count, std::span<iovec> out) noexcept;
 
 }  // namespace lodge::net

@@ -157,7 +157,10 @@ class Stream final : public Backend {
   }
   bool send(unsigned, const PacketHeader& header, std::span<const iovec> frame) noexcept override {
     const std::lock_guard lock(mutex_);
-    if (!up_) return true;
+    if (!up_) {
+      lost_++;
+      return true;
+    }
     if (out_.size() - out_sent_ >= max_out) write_out();
     if (out_.size() - out_sent_ >= max_out) {
       guest_waits_ = true;  // until the loop, which waits for the socket now, has written it
@@ -165,12 +168,13 @@ class Stream final : public Backend {
     }
     flat_.resize(total_size(frame));
     gather(frame, flat_);
-    segment(header, flat_, scratch_, [this](std::span<const uint8_t> one) {
+    const bool good = segment(header, flat_, scratch_, [this](std::span<const uint8_t> one) {
       const uint32_t length = htonl(static_cast<uint32_t>(one.size()));
       const auto* bytes = reinterpret_cast<const uint8_t*>(&length);
       out_.insert(out_.end(), bytes, bytes + length_size);
       out_.insert(out_.end(), one.begin(), one.end());
     });
+    if (!good) lost_++;
     return true;
   }
   void flush(unsigned) noexcept override {
@@ -178,6 +182,7 @@ class Stream final : public Backend {
     if (up_) write_out();
   }
   void receive_ready(unsigned) noexcept override { signal_event(wake_.get()); }
+  Losses losses() const noexcept override { return {.from_guest = lost_}; }
 
  private:
   void open_listener(const std::string& option) {
@@ -386,6 +391,7 @@ class Stream final : public Backend {
   std::vector<uint8_t> out_, flat_, scratch_;
   size_t out_sent_ = 0;
   bool guest_waits_ = false;
+  std::atomic<uint64_t> lost_ = 0;  // of the guest's, while there is no peer or because they break a rule
 
   EventLoop loop_{"lodge-stream"};
   EventLoop::Watch wake_watch_, timer_watch_, listen_watch_, peer_watch_;

@@ -108,6 +108,8 @@ class Tap final : public Backend {
     return queues_[queue]->send(header, frame);
   }
   void receive_ready(unsigned queue) noexcept override { queues_[queue]->has_room(); }
+  Losses losses() const noexcept override { return {.from_guest = lost_}; }
+  void note_loss() noexcept { lost_++; }
 
   Card& card() noexcept { return *card_; }
   bool vnet() const noexcept { return vnet_; }
@@ -148,6 +150,7 @@ class Tap final : public Backend {
   std::vector<std::unique_ptr<TapQueue>> queues_;
   std::atomic<size_t> largest_frame_ = 1500 + ethernet_header + vlan_tag;
   std::atomic<bool> segments_come_ = false;
+  std::atomic<uint64_t> lost_ = 0;
   Card* card_ = nullptr;  // set while nothing is watched
 };
 
@@ -178,13 +181,20 @@ bool TapQueue::send(const PacketHeader& header, std::span<const iovec> frame) no
   if (frame.size() + 1 > max_pieces || (!tap_.vnet() && header.flags != 0)) {
     flat_.resize(total_size(frame));
     gather(frame, flat_);
-    if (!tap_.vnet() && !finish_checksum(header, flat_)) return true;
+    if (!tap_.vnet() && !finish_checksum(header, flat_)) {
+      tap_.note_loss();
+      return true;
+    }
     sent_pieces_.push_back({flat_.data(), flat_.size()});
   } else {
     sent_pieces_.insert(sent_pieces_.end(), frame.begin(), frame.end());
   }
   const ssize_t count = ::writev(fd_.get(), sent_pieces_.data(), static_cast<int>(sent_pieces_.size()));
-  if (count >= 0 || (errno != EAGAIN && errno != ENOBUFS)) return true;  // what the kernel refuses is lost
+  if (count >= 0) return true;
+  if (errno != EAGAIN && errno != ENOBUFS) {  // what the kernel refuses is lost
+    tap_.note_loss();
+    return true;
+  }
   want(EPOLLOUT, true);
   return false;
 }

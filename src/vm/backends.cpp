@@ -61,7 +61,9 @@ block::Image& Backends::disk(const std::string& path) {
 std::shared_ptr<net::Backend> Backends::open_network(const net::Config& config) {
   for (const auto& [known, network] : networks_)
     if (known == config && network.use_count() == 1) return network;  // its card went with a reset
-  return networks_.emplace_back(config, net::open_network(config)).second;
+  auto network = networks_.emplace_back(config, net::open_network(config)).second;
+  if (kept_) network->keep();
+  return network;
 }
 
 void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
@@ -79,6 +81,7 @@ void Backends::keep() noexcept {
   if (std::exchange(kept_, true)) return;
   // What is no regular file (a pipe, a terminal) refuses, and has nothing to lose.
   for (const auto& file : files_) std::ignore = ::truncate(file.path.c_str(), 0);
+  for (const auto& known : networks_) known.second->keep();
 }
 
 Backends::~Backends() {

@@ -1,10 +1,12 @@
 #include "vm/statistics.hpp"
 
+#include <fmt/ranges.h>
 #include <sys/resource.h>
 
 #include <algorithm>
 
 #include "device/virtio/balloon.hpp"
+#include "device/virtio/network.hpp"
 #include "vm/machine.hpp"
 
 namespace lodge::vm {
@@ -40,6 +42,10 @@ void add_rates(const Statistics& counted, nlohmann::ordered_json& json) {
     json["soft_tlb_hit_rate"] = 1 - static_cast<double>(*misses) / static_cast<double>(*lookups);
 }
 
+nlohmann::ordered_json traffic_json(const net::Traffic& traffic) {
+  return {{"packets", traffic.packets}, {"bytes", traffic.bytes}, {"dropped", traffic.dropped}};
+}
+
 }  // namespace
 
 void add_statistics(std::vector<kvm::Statistic>& all, const std::vector<kvm::Statistic>& more) {
@@ -59,6 +65,11 @@ void describe_machine(Machine& machine, Statistics& out) {
   out.resident = machine.memory().resident();
   if (auto* balloon = machine.find_device<device::virtio::Balloon>())
     out.balloon = Statistics::Balloon{balloon->target(), balloon->actual(), balloon->released()};
+  for (size_t i = 0; auto* card = machine.find_device<device::virtio::Network>(i); i++) {
+    const auto counted = card->counters();
+    out.networks.push_back(
+        {fmt::format("{:02x}", fmt::join(counted.mac, ":")), counted.to_guest, counted.from_guest});
+  }
 }
 
 nlohmann::ordered_json statistics_json(const Statistics& counted) {
@@ -78,6 +89,10 @@ nlohmann::ordered_json statistics_json(const Statistics& counted) {
     json["balloon"] = {{"target", counted.balloon->target},
                        {"actual", counted.balloon->actual},
                        {"released", counted.balloon->released}};
+  for (const Statistics::Network& network : counted.networks)
+    json["networks"].push_back({{"mac", network.mac},
+                                {"to_guest", traffic_json(network.to_guest)},
+                                {"from_guest", traffic_json(network.from_guest)}});
   add_rates(counted, json);
   for (const kvm::Statistic& entry : counted.accelerator)
     json["counted"][entry.group][entry.name] = entry.value;

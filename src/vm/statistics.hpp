@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kvm/kvm.hpp"
+#include "net/packet.hpp"
 
 namespace lodge::vm {
 
@@ -17,6 +18,10 @@ class Machine;
 struct Statistics {
   struct Balloon {
     uint64_t target = 0, actual = 0, released = 0;  // bytes, as device/virtio/balloon.hpp says
+  };
+  struct Network {
+    std::string mac;
+    net::Traffic to_guest, from_guest;
   };
   std::string name, accelerator_name;
   std::string protocol;  // how the kernel was entered
@@ -27,6 +32,7 @@ struct Statistics {
   double vcpu_seconds = 0;  // CPU time of the vCPUs' threads, which also do what their exits ask for
   uint64_t memory = 0, resident = 0;  // bytes of guest RAM, and of it what the host holds
   std::optional<Balloon> balloon;
+  std::vector<Network> networks;  // the cards, in the order of the configuration; since the last reset
   // What the accelerator has counted, all vCPUs together.
   std::vector<kvm::Statistic> accelerator;
 };

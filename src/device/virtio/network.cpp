@@ -142,6 +142,7 @@ net::Card::Received Network::receive(unsigned pair, net::Source& source) noexcep
       lost_.resize(std::max(lost_.size(), source.largest()));
       const iovec all{lost_.data(), lost_.size()};
       if (source.largest() == 0 || source.read(header, {&all, 1}) == 0) return Received::all;
+      lost_packets_++;
     }
     return Received::some;
   }
@@ -186,8 +187,10 @@ void Network::transmit(unsigned pair) noexcept {
 bool Network::send(unsigned pair, const Chain& chain) noexcept {
   const size_t before = header_size();
   if (chain.readable_size() < before + net::ethernet_header ||
-      chain.readable_size() > before + net::max_frame)
+      chain.readable_size() > before + net::max_frame) {
+    sent_.dropped++;
     return true;
+  }
   net::PacketHeader header;
   std::array<uint8_t, sizeof header> bytes;
   chain.read(0, bytes);
@@ -198,19 +201,38 @@ bool Network::send(unsigned pair, const Chain& chain) noexcept {
   const bool allowed = type == net::PacketHeader::GSO_NONE ||
                        (type == net::PacketHeader::GSO_TCPV4 && has_feature(F_HOST_TSO4)) ||
                        (type == net::PacketHeader::GSO_TCPV6 && has_feature(F_HOST_TSO6));
-  if (!allowed || (type != net::PacketHeader::GSO_NONE && !(header.flags & net::PacketHeader::NEEDS_CSUM)))
+  if (!allowed || (type != net::PacketHeader::GSO_NONE && !(header.flags & net::PacketHeader::NEEDS_CSUM))) {
+    sent_.dropped++;
     return true;
+  }
   if (type == net::PacketHeader::GSO_NONE) header.gso_type = type;
   segments_.clear();
   chain.cut_readable(before, chain.readable_size() - before, segments_);
   pieces_.clear();
   for (const Segment& piece : segments_) pieces_.push_back({piece.bytes.data(), piece.bytes.size()});
-  return backend_->send(pair, header, pieces_);
+  if (!backend_->send(pair, header, pieces_)) return false;
+  sent_.count(chain.readable_size() - before);
+  return true;
 }
 
 void Network::transmit_ready(unsigned pair) noexcept {
   const std::lock_guard lock(mutex_);
   if (running() && pair < pairs_ && queue(2 * pair + 1).active()) transmit(pair);
+}
+
+Network::Counters Network::counters() const noexcept {
+  const net::Backend::Losses losses = backend_->losses();
+  const std::lock_guard lock(mutex_);
+  Counters all{.mac = mac_, .to_guest = {}, .from_guest = sent_};
+  for (const PacketReceiver& receiver : receivers_) {
+    const net::Traffic& one = receiver.traffic();
+    all.to_guest.packets += one.packets;
+    all.to_guest.bytes += one.bytes;
+    all.to_guest.dropped += one.dropped;
+  }
+  all.to_guest.dropped += lost_packets_ + losses.to_guest;
+  all.from_guest.dropped += losses.from_guest;
+  return all;
 }
 
 // --- Control queue

@@ -27,6 +27,14 @@ class Network final : public Device, private net::Card {
   // Connects the back end, served by `loop`; attach_loop() does it.
   void plug_in(EventLoop& loop) noexcept { backend_->connect(*this, loop); }
 
+  // What has passed since the device was made; dropped is also what its network had to. Packets that the
+  // driver's filters leave out are in none of the counts. Any thread.
+  struct Counters {
+    Mac mac;
+    net::Traffic to_guest, from_guest;
+  };
+  Counters counters() const noexcept;
+
  private:
   // --- net::Card
   Received receive(unsigned pair, net::Source& source) noexcept override;
@@ -70,6 +78,8 @@ class Network final : public Device, private net::Card {
   std::vector<iovec> pieces_;
   std::vector<uint8_t> command_;
   std::vector<uint8_t> lost_;  // where packets go while there is no link
+  uint64_t lost_packets_ = 0;
+  net::Traffic sent_;
 };
 
 }  // namespace lodge::device::virtio

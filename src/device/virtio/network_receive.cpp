@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <utility>
 
 namespace lodge::device::virtio {
 
@@ -71,6 +72,7 @@ void PacketReceiver::describe_room(const Format& format, size_t needed) {
 // The frame is in the buffers; the header, and how many there are, complete it.
 void PacketReceiver::deliver(Queue& queue, const Format& format, const net::PacketHeader& header,
                              size_t size) noexcept {
+  traffic_.count(size);
   size_t left = format.header + size, buffers = 0;
   for (size_t covered = 0; covered < left; buffers++) covered += taken_[buffers].writable_size();
   std::array<uint8_t, long_header> bytes{};
@@ -94,6 +96,7 @@ PacketReceiver::Outcome PacketReceiver::deliver_waiting(Queue& queue, const Form
     // With merging more buffers may come, unless the driver has none left to give.
     if (format.merge && pieces_.size() < max_pieces && !queue.full()) return Outcome::full;
     drop_front(queue, 0);
+    traffic_.dropped++;
   } else {
     net::scatter(std::span(waiting_).first(waiting_size_), pieces_);
     deliver(queue, format, waiting_header_, waiting_size_);
@@ -134,7 +137,7 @@ PacketReceiver::Outcome PacketReceiver::receive(Queue& queue, const Format& form
 void PacketReceiver::give_back(Queue& queue) noexcept {
   for (; !taken_.empty(); taken_.pop_back()) queue.undo_pop(taken_.back());
   total_ = 0;
-  waiting_size_ = 0;
+  if (std::exchange(waiting_size_, 0) != 0) traffic_.dropped++;
 }
 
 }  // namespace lodge::device::virtio

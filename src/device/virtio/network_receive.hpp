@@ -28,6 +28,8 @@ class PacketReceiver {
   Outcome receive(Queue& queue, const Format& format, net::Source& source, const Wanted& wanted) noexcept;
   // All that is taken goes back to the queue, whose other chains are all pushed; a packet that waits is lost.
   void give_back(Queue& queue) noexcept;
+  // Packets that the driver has got, and those that no buffer held.
+  const net::Traffic& traffic() const noexcept { return traffic_; }
 
  private:
   Outcome top_up(Queue& queue, const Format& format, size_t needed) noexcept;
@@ -46,6 +48,7 @@ class PacketReceiver {
   net::PacketHeader waiting_header_;
   std::vector<uint8_t> waiting_;
   size_t waiting_size_ = 0;  // 0: none
+  net::Traffic traffic_;
 };
 
 }  // namespace lodge::device::virtio

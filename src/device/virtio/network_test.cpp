@@ -164,6 +164,27 @@ TEST_P(NetworkTest, SendingWaitsForTheNetwork) {
   }
 }
 
+TEST_P(NetworkTest, CountsWhatPasses) {
+  wire->bring(frame_of(64));  // no driver yet
+  ASSERT_TRUE(driver.start(GetParam().features));
+  const uint64_t at = driver.put(std::vector<uint8_t>(112));
+  driver.submit(1, {{at, 112, false}}, GetParam().indirect);
+  driver.submit(1, {{at, 20, false}}, GetParam().indirect);  // no frame
+  wire->blocked = true;
+  driver.submit(1, {{at, 92, false}}, GetParam().indirect);  // counts when it goes
+  wire->blocked = false;
+  wire->card->transmit_ready(0);
+  const uint64_t buffer = driver.allocate(4096);
+  driver.submit(0, {{buffer, 2000, true}}, GetParam().indirect);
+  driver.submit(0, {{buffer + 2000, 50, true}}, GetParam().indirect);
+  wire->bring(frame_of(1000));
+  wire->bring(frame_of(1001));  // for which the buffer is too small
+  const auto counted = network.counters();
+  EXPECT_EQ(counted.mac, (Mac{0x52, 0x54, 0, 1, 2, 3}));
+  EXPECT_EQ(counted.from_guest, (net::Traffic{.packets = 2, .bytes = 180, .dropped = 1}));
+  EXPECT_EQ(counted.to_guest, (net::Traffic{.packets = 1, .bytes = 1000, .dropped = 2}));
+}
+
 TEST_P(NetworkTest, FramesForTheGuestFillABuffer) {
   ASSERT_TRUE(driver.start(GetParam().features));
   EXPECT_EQ(wire->bring(frame_of(64)), Received::full);  // no buffer yet
