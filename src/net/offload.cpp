@@ -5,28 +5,11 @@
 #include <algorithm>
 #include <cstring>
 
+#include "net/wire.hpp"
+
 namespace lodge::net {
 
 namespace {
-
-constexpr uint16_t ETHERTYPE_IPV4 = 0x0800, ETHERTYPE_IPV6 = 0x86dd, ETHERTYPE_VLAN = 0x8100;
-constexpr uint8_t PROTOCOL_TCP = 6;
-constexpr uint8_t TCP_FIN = 1, TCP_PSH = 8, TCP_CWR = 0x80;
-
-uint16_t get16(std::span<const uint8_t> bytes, size_t at) noexcept {
-  return static_cast<uint16_t>(bytes[at] << 8 | bytes[at + 1]);
-}
-uint32_t get32(std::span<const uint8_t> bytes, size_t at) noexcept {
-  return uint32_t{get16(bytes, at)} << 16 | get16(bytes, at + 2);
-}
-void put16(std::span<uint8_t> bytes, size_t at, size_t value) noexcept {
-  bytes[at] = static_cast<uint8_t>(value >> 8);
-  bytes[at + 1] = static_cast<uint8_t>(value);
-}
-void put32(std::span<uint8_t> bytes, size_t at, uint32_t value) noexcept {
-  put16(bytes, at, value >> 16);
-  put16(bytes, at + 2, value & 0xffff);
-}
 
 // Where the parts of a TCP packet are.
 struct Layout {

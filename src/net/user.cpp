@@ -1,6 +1,9 @@
+// TCP connections that the guest opens are TcpSplice's; everything else is libslirp's: ARP, DHCP, DNS, UDP,
+// ICMP, connections through forwarded ports.
+//
 // libslirp is not thread-safe: one thread owns it and does nothing else. Frames of the guest and wake-ups
-// come through `mutex_`; frames for the guest go out from that thread, all of a turn together, and those that
-// the card has no room for wait in a short list.
+// come through `mutex_`; frames for the guest go out from that thread, all of a turn together. Those that
+// the card has no room for wait in a list, and while that is long, sockets are not read.
 #include "net/user.hpp"
 
 #include <arpa/inet.h>
@@ -22,6 +25,7 @@
 #include "base/error.hpp"
 #include "base/fd.hpp"
 #include "net/offload.hpp"
+#include "net/tcp_splice.hpp"
 
 namespace lodge::net {
 
@@ -29,19 +33,28 @@ namespace {
 
 using Frame = std::vector<uint8_t>;
 
-// Frames that wait in each direction, at most. libslirp offers TCP windows of at most 64 KiB, so that many
-// are full-sized frames of a dozen connections. More of the guest's wait in its queue, more for it are
-// dropped.
-constexpr size_t max_waiting = 512;
+// Frames that wait in each direction. More of the guest's wait in its queue. While so many wait for the
+// guest no socket is read; libslirp's answers to what the guest sends meanwhile come on top, up to
+// max_kept, and are dropped then.
+constexpr size_t max_waiting = 512, max_kept = 4 * max_waiting;
 
 // What the network sends, one after the other.
 class WaitingFrames final : public Source {
  public:
   bool empty() const noexcept { return frames_.empty(); }
   void add(std::span<const uint8_t> frame) {
-    if (frames_.size() < max_waiting) frames_.emplace_back(frame.begin(), frame.end());
+    if (frames_.size() < max_kept)
+      frames_.emplace_back(frame.begin(), frame.end());
+    else
+      dropped_++;
   }
-  void clear() noexcept { frames_.clear(); }
+  void clear() noexcept {
+    dropped_ += frames_.size();
+    frames_.clear();
+  }
+  bool many() const noexcept { return frames_.size() >= max_waiting; }
+  // Any thread.
+  uint64_t dropped() const noexcept { return dropped_; }
   // libslirp has made the checksums in this process: nothing can have damaged them.
   void set_checksums_known(bool known) noexcept { header_.flags = known ? PacketHeader::DATA_VALID : 0; }
 
@@ -57,6 +70,7 @@ class WaitingFrames final : public Source {
  private:
   std::deque<Frame> frames_;
   PacketHeader header_;
+  std::atomic<uint64_t> dropped_ = 0;
 };
 
 struct SlirpTimer {
@@ -67,7 +81,8 @@ struct SlirpTimer {
 
 class UserNetwork final : public Backend {
  public:
-  UserNetwork(const std::vector<Forward>& forwards, uint16_t mtu) : mtu_(mtu), wake_(Fd::event()) {
+  UserNetwork(const std::vector<Forward>& forwards, uint16_t mtu)
+      : mtu_(mtu), wake_(Fd::event()), splice_(TcpSplice::make(static_cast<uint16_t>(mtu - 60))) {
     SlirpConfig config{};
     config.version = 1;
     config.if_mtu = config.if_mru = mtu;
@@ -111,22 +126,29 @@ class UserNetwork final : public Backend {
     thread_.join();
   }
 
-  // A TCP packet of the guest's goes through libslirp in one piece, however long: it reads a length of up to
-  // 64 KiB in the IP header as any other.
+  // A TCP packet of the guest's goes through libslirp, too, in one piece, however long: it reads a length of
+  // up to 64 KiB in the IP header as any other.
   Offloads transmit_offloads() const noexcept override { return {true, true, true, true}; }
-  Offloads receive_offloads() const noexcept override { return {.checksum = true}; }
+  Offloads receive_offloads() const noexcept override { return {true, true, true, false}; }
   uint16_t mtu() const noexcept override { return mtu_; }
-  void accept(const Offloads& offloads) noexcept override { checksums_known_ = offloads.checksum; }
+  void accept(const Offloads& offloads) noexcept override {
+    checksums_known_ = offloads.checksum;
+    splice_->accept(offloads);
+  }
+  Losses losses() const noexcept override { return {to_guest_.dropped(), lost_}; }
 
-  void connect(Card& card, EventLoop&) noexcept override {
+  void connect(Card& card, EventLoop& loop) noexcept override {
+    splice_->connect(card, loop);
     const std::lock_guard lock(card_mutex_);
     card_ = &card;
   }
   void disconnect() noexcept override {
+    splice_->disconnect();
     const std::lock_guard lock(card_mutex_);
     card_ = nullptr;
   }
   bool send(unsigned, const PacketHeader& header, std::span<const iovec> pieces) noexcept override {
+    if (splice_->take(pieces)) return true;
     const std::lock_guard lock(mutex_);
     if (from_guest_.size() >= max_waiting) {
       guest_waits_ = true;
@@ -139,11 +161,21 @@ class UserNetwork final : public Backend {
     }
     frame.resize(total_size(pieces));
     gather(pieces, frame);
-    if (finish_checksum(header, frame)) from_guest_.push_back(std::move(frame));
+    if (finish_checksum(header, frame))
+      from_guest_.push_back(std::move(frame));
+    else
+      lost_++;
     return true;
   }
-  void flush(unsigned) noexcept override { signal_event(wake_.get()); }
-  void receive_ready(unsigned) noexcept override { signal_event(wake_.get()); }
+  void flush(unsigned) noexcept override {
+    splice_->flush();
+    const std::lock_guard lock(mutex_);
+    if (!from_guest_.empty()) signal_event(wake_.get());
+  }
+  void receive_ready(unsigned) noexcept override {
+    splice_->receive_ready();
+    signal_event(wake_.get());
+  }
 
  private:
   static UserNetwork& self(void* opaque) { return *static_cast<UserNetwork*>(opaque); }
@@ -209,8 +241,13 @@ class UserNetwork final : public Backend {
     to_guest_.set_checksums_known(checksums_known_);
     const std::lock_guard lock(card_mutex_);
     if (!card_) to_guest_.clear();  // there is nobody to wait for
-    while (!to_guest_.empty() && card_->receive(0, to_guest_) == Card::Received::some) {
-    }
+    // A card that was full may itself keep the last frame, and waits to be called.
+    if (!card_ || (to_guest_.empty() && !card_full_)) return;
+    Card::Received result;
+    do {
+      result = card_->receive(0, to_guest_);
+    } while (result == Card::Received::some);
+    card_full_ = result == Card::Received::full;
   }
   void take_from_guest() noexcept {
     bool waits;
@@ -254,10 +291,11 @@ class UserNetwork final : public Backend {
       uint32_t timeout = UINT32_MAX;
       ::slirp_pollfds_fill(slirp_.get(), &timeout, add_poll, this);
       timeout = until_timer(timeout);
-      const int count =
-          ::poll(polls_.data(), polls_.size(), timeout > 3'600'000 ? 3'600'000 : static_cast<int>(timeout));
+      const bool many = to_guest_.many();
+      const int count = ::poll(polls_.data(), many ? 1 : polls_.size(),
+                               timeout > 3'600'000 ? 3'600'000 : static_cast<int>(timeout));
       if (polls_[0].revents) take_event(wake_.get());
-      ::slirp_pollfds_poll(slirp_.get(), count < 0, polled, this);
+      ::slirp_pollfds_poll(slirp_.get(), many || count < 0, polled, this);
       run_timers();
       take_from_guest();
       deliver();
@@ -273,16 +311,19 @@ class UserNetwork final : public Backend {
 
   std::mutex card_mutex_;
   Card* card_ = nullptr;
+  bool card_full_ = false;  // of the thread
   std::mutex mutex_;
   static constexpr size_t max_spare = 64;
   std::vector<Frame> from_guest_, spare_;
   bool guest_waits_ = false;
+  std::atomic<uint64_t> lost_ = 0;
   std::atomic<bool> checksums_known_ = false;
   std::atomic<bool> stop_ = false;
   struct Cleanup {
     void operator()(Slirp* slirp) const noexcept { ::slirp_cleanup(slirp); }
   };
   std::unique_ptr<Slirp, Cleanup> slirp_;  // the thread's while it runs
+  std::unique_ptr<TcpSplice> splice_;
   std::thread thread_;
 };
 

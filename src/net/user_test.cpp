@@ -49,6 +49,41 @@ TEST(UserNetwork, FramesWaitForRoom) {
   network->disconnect();
 }
 
+// A card that has taken a frame out and then finds no room for all of it, as one with merged buffers does.
+class Hesitant final : public Card {
+ public:
+  Received receive(unsigned, Source& source) noexcept override {
+    const size_t largest = source.largest();
+    if (largest != 0) {
+      std::vector<uint8_t> frame(largest);
+      const iovec all{frame.data(), frame.size()};
+      PacketHeader header;
+      taken += source.read(header, {&all, 1}) != 0;
+    }
+    if (taken == 0) return Received::all;
+    if (!room) return Received::full;
+    delivered = taken.load();
+    return largest == 0 ? Received::all : Received::some;
+  }
+  void transmit_ready(unsigned) noexcept override {}
+  void set_link(bool) noexcept override {}
+  std::atomic<unsigned> taken = 0, delivered = 0;
+  std::atomic<bool> room = false;
+};
+
+TEST(UserNetwork, ACardThatKeepsTheLastFrameIsCalledAgain) {
+  Hesitant card;
+  EventLoop loop{"test"};
+  const auto network = open_user_network({});
+  network->connect(card, loop);
+  send(*network, arp_request());
+  ASSERT_TRUE(Listener::eventually([&] { return card.taken == 1; }));
+  card.room = true;
+  network->receive_ready(0);
+  EXPECT_TRUE(Listener::eventually([&] { return card.delivered == 1; }));
+  network->disconnect();
+}
+
 TEST(UserNetwork, OddFramesDoNotHurt) {
   Listener card;
   EventLoop loop{"test"};
