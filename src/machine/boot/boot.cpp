@@ -25,7 +25,7 @@ void refuse_over_tables(const Loading& loading, uint64_t gpa, uint64_t size) {
               loading.name, gpa, gpa + size - 1, begin, end - 1);
 }
 
-void load_elf_segments(Loading& loading, const ElfImage& elf) {
+void take_elf_segments(Loading& loading, const ElfImage& elf) {
   Placement& placement = loading.placement;
   for (const ElfSegment& segment : elf.segments) {
     if (!placement.usable(segment.paddr, segment.memory_size)) {
@@ -36,8 +36,13 @@ void load_elf_segments(Loading& loading, const ElfImage& elf) {
     }
     refuse_over_tables(loading, segment.paddr, segment.memory_size);
   }
+  for (const ElfSegment& segment : elf.segments) placement.take(segment.paddr, segment.memory_size);
+}
+
+void load_elf_segments(Loading& loading, const ElfImage& elf) {
+  take_elf_segments(loading, elf);
+  Placement& placement = loading.placement;
   for (const ElfSegment& segment : elf.segments) {
-    placement.take(segment.paddr, segment.memory_size);
     placement.store(segment.paddr, segment.data, "the kernel");
     placement.zero(segment.paddr + segment.data.size(), segment.memory_size - segment.data.size(),
                    "the kernel");

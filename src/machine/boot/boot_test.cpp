@@ -95,6 +95,20 @@ TEST(BzImageTest, UnpacksA64BitKernelToItsLinkAddress) {
   EXPECT_EQ(peek<uint8_t>(memory, 16 * MiB + 0x40), segment_byte(0x40));
 }
 
+// The file goes through guest memory: a segment that is not where Linux's linker puts it moves, also over
+// itself.
+TEST(BzImageTest, ASegmentMovesToItsPlaceFromWhereverItLiesInTheFile) {
+  for (const uint64_t size : {uint64_t{0x1000}, 3 * MiB}) {
+    GuestMemory memory(64 * MiB);
+    const Data elf =
+        elf64({.paddr = 16 * MiB, .entry = 16 * MiB, .file_size = size, .memory_size = size + 16});
+    load_bytes(bzimage({.payload = pack("lz4", elf), .init_size = 8 * MiB}), {.kernel = "k"}, memory);
+    for (uint64_t at = 0; at < size; at += 0x333)
+      ASSERT_EQ(peek<uint8_t>(memory, 16 * MiB + at), segment_byte(at)) << at;
+    EXPECT_EQ(peek<uint8_t>(memory, 16 * MiB + size + 15), 0);
+  }
+}
+
 TEST(BzImageTest, ClearsTheKernelsBss) {
   GuestMemory memory(64 * MiB);
   std::ranges::fill(memory.view(16 * MiB, 8 * MiB), 0xaa);

@@ -27,8 +27,10 @@ struct Blob {
 // Throws UsageError when kernel bytes at [gpa, gpa + size) would overwrite the machine's ACPI and SMBIOS
 // tables.
 void refuse_over_tables(const Loading& loading, uint64_t gpa, uint64_t size);
-// Checks that all segments lie in RAM and off the tables, takes their ranges, copies them. Throws UsageError
-// naming what is wrong.
+// Checks that all segments lie in RAM and off the tables, and takes their ranges. Throws UsageError naming
+// what is wrong.
+void take_elf_segments(Loading& loading, const ElfImage& elf);
+// The same, and copies them.
 void load_elf_segments(Loading& loading, const ElfImage& elf);
 // All --initrd files as one, each padded to four bytes as an initramfs asks; {0, 0} without. Ends below
 // `limit`.

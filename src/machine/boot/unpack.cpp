@@ -139,19 +139,29 @@ std::string_view payload_format(Bytes payload) noexcept {
   return format == nullptr ? std::string_view{} : format->name;
 }
 
-std::optional<Mapping> unpack(Bytes payload, uint64_t limit) {
-  const Format* format = find_format(payload);
-  if (format == nullptr || payload.size() < 8) return std::nullopt;
+std::optional<uint64_t> unpacked_size(Bytes payload, uint64_t limit) noexcept {
+  if (find_format(payload) == nullptr || payload.size() < 8) return std::nullopt;
   const auto size = get<uint32_t>(payload, payload.size() - 4);
   if (!size || *size == 0 || *size > limit) return std::nullopt;
+  return *size;
+}
+
+bool unpack_into(Bytes payload, std::span<uint8_t> out) {
+  const Format* format = find_format(payload);
+  if (format == nullptr || payload.size() < 8) return false;
   // gzip's own trailer is what stands there, for the others the size was appended after the stream.
   const Bytes stream = format->name == "gzip" ? payload : payload.first(payload.size() - 4);
+  return format->unpack(stream, out) == out.size();
+}
+
+std::optional<Mapping> unpack(Bytes payload, uint64_t limit) {
+  const auto size = unpacked_size(payload, limit);
+  if (!size) return std::nullopt;
   Mapping out = Mapping::anonymous(*size);
   // Advice only: a kernel has more than ten thousand small pages, and touching them is half of the time lz4
   // takes.
   ::madvise(out.data(), out.size(), MADV_HUGEPAGE);
-  const auto written = format->unpack(stream, out.bytes());
-  if (!written || *written != *size) return std::nullopt;
+  if (!unpack_into(payload, out.bytes())) return std::nullopt;
   return out;
 }
 
