@@ -220,6 +220,29 @@ class Card final : public device::pci::Function {
   }
 };
 
+// Two ports, one with a card that comes and goes: bus numbers and slots as the guest wishes.
+void fuzz_root_port(Board& board, Input& input) {
+  device::ResetControl reset(board.power);
+  device::LatchPorts window;
+  Card card(window);
+  device::pci::RootPort port("a", 1), other("b", 2);
+  device::pci::Root root(board.ports, board.memory, board.line, reset);
+  root.add_port(1, port);
+  root.add_port(2, other);
+  auto event = [&](Input& from) {
+    const uint8_t what = from.byte();
+    if (port.occupied())
+      root.unplug(card, what & 1);
+    else
+      port.plug(card, what & 1);
+    if (what & 2) root.reset();
+    card.set_intx(what & 4);
+    root.ecam_window().write((what >> 3 & 3) << 20 | from.byte(), 4, from.number(4));
+  };
+  // Presence is what is plugged in, not what was saved: root_port_test compares states.
+  run(board, {{{&root.ecam_window(), 0x10000}}, nullptr, nullptr, event}, input);
+}
+
 void fuzz_pci(Board& board, Input& input) {
   device::ResetControl reset(board.power);
   device::LatchPorts window;
@@ -280,7 +303,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input input({data, size});
   static machine::GuestMemory ram(layout::MiB);  // only the test device touches it, and only its mappings
   Board board(ram);
-  switch (input.byte() % 11) {
+  switch (input.byte() % 12) {
     case 0: fuzz_serial(board, input); break;
     case 1: fuzz_rtc(board, input); break;
     case 2: fuzz_i8042(board, input); break;
@@ -291,6 +314,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     case 6: fuzz_testdev(board, input); break;
     case 7: fuzz_reduced_power(board, input); break;
     case 8: fuzz_virtio_mmio(board, input); break;
+    case 10: fuzz_root_port(board, input); break;
     default: fuzz_pci(board, input); break;
   }
   return 0;

@@ -8,12 +8,14 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <charconv>
 #include <vector>
 
 #include "base/error.hpp"
 #include "device/debug_ports.hpp"
+#include "device/pci/mount.hpp"
 #include "device/testdev.hpp"
 #include "device/virtio/mount.hpp"
 #include "device/watchdog.hpp"
@@ -161,11 +163,16 @@ std::string names_of(const Rows& named) {
 std::span<const DeviceDescriptor> device_table() noexcept {
   static const std::vector<DeviceDescriptor> all = [] {
     std::vector<DeviceDescriptor> joined(own_rows.begin(), own_rows.end());
-    const auto virtio = virtio::rows();
-    joined.insert(joined.end(), virtio.begin(), virtio.end());
+    for (const auto& rows : {pci::rows(), virtio::rows()})
+      joined.insert(joined.end(), rows.begin(), rows.end());
     return joined;
   }();
   return all;
+}
+
+bool created_first(std::string_view name) noexcept {
+  return std::ranges::any_of(device_table(),
+                             [name](const auto& row) { return row.first && row.name == name; });
 }
 
 const std::string& DeviceOptions::text(std::string_view name) const {

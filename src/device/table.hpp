@@ -99,10 +99,14 @@ struct DeviceDescriptor {
   std::string_view help;  // one line
   std::span<const OptionSchema> options;
   std::unique_ptr<MountedDevice> (*create)(const DeviceContext& context, const DeviceOptions& options);
+  bool first = false;  // created before the others, which may name it in their options
 };
 
 // All rows, by name.
 std::span<const DeviceDescriptor> device_table() noexcept;
+
+// Whether the device `name` is to be created before those that are not.
+bool created_first(std::string_view name) noexcept;
 
 // Checks one --device against its row and fills in the defaults. Throws UsageError naming the unknown device
 // or option and listing the valid ones. Needs no machine: a command line is checked before anything is

@@ -138,8 +138,10 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
       .msi = platform_,
       .doorbells = platform_,
       .loop = loop_};
-  for (const auto& device : config.devices)
-    optional_.push_back(device::create_device(context, device.name, device.options));
+  for (const bool first : {true, false})
+    for (const auto& device : config.devices)
+      if (device::created_first(device.name) == first)
+        optional_.push_back(device::create_device(context, device.name, device.options));
   chipset_->devices_are_in();
 }
 

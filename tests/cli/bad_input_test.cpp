@@ -67,10 +67,26 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
   };
   micro_refused({"--device", "virtio-rng,slot=5"}, "slot=5: --machine micro has no PCI");
   micro_refused({"--device", "virtio-rng,legacy=on"}, "legacy=on: --machine micro has no PCI");
+  micro_refused({"--device", "virtio-balloon,bus=a"}, "bus=a: --machine micro has no PCI");
+  micro_refused({"--device", "pcie-root-port,id=a"}, "--machine micro has no PCI");
   micro_refused({"--serial", "null", "--serial", "null"}, "--machine micro has one serial port");
 }
 TEST_F(BadInput, APciSlotThatIsTaken) {
   run_refused({"--device", "virtio-rng,slot=5", "--device", "virtio-balloon,addr=5"}, "taken by virtio-rng");
+}
+TEST_F(BadInput, RootPortsThatDoNotFit) {
+  const std::vector<std::string> port = {"--device", "pcie-root-port,id=a"};
+  const auto with_port = [&](std::vector<std::string> more, const std::string& part) {
+    more.insert(more.begin(), port.begin(), port.end());
+    run_refused(std::move(more), part);
+  };
+  run_refused({"--device", "virtio-rng,bus=a"}, "add --device pcie-root-port,id=a");
+  run_refused({"--device", "pcie-root-port"}, "for example id=port1");
+  with_port({"--device", "pcie-root-port,id=a"}, "the name is given twice");
+  with_port({"--device", "virtio-rng,bus=a,slot=3"}, "leave slot=3 out");
+  with_port({"--device", "virtio-rng,bus=a,legacy=on"}, "leave legacy=on out");
+  with_port({"--device", "virtio-rng,bus=a", "--device", "virtio-balloon,bus=a"}, "taken by virtio-rng");
+  with_port({"--device", "pcie-root-port,id=b,slot=1"}, "choose another");
 }
 TEST_F(BadInput, UnknownCommand) {
   refused({"fly"}, "fly");

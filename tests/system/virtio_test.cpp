@@ -164,6 +164,45 @@ TEST_F(Virtio, DiscardedSpaceGoesBackToTheHost) {
   std::filesystem::remove(qcow2);
 }
 
+// A disk behind a PCI Express root port, which the kernel lets go and finds again, and a port that is empty.
+// The kernel was asked to move the registers of a second disk before it uses them.
+TEST_F(Virtio, RootPortLeadsToADisk) {
+  NEEDS_GUEST("cloud");
+  const DiskFile disk(4 << 20);
+  const std::string other = disk.path + "-other";
+  std::filesystem::copy_file(disk.path, other);
+  const std::string out = shell(
+      "sha256sum /dev/vda /dev/vdb; grep virtio /proc/interrupts; cd /sys/bus/pci; cat "
+      "devices/0000:01:00.0/vendor; "
+      "echo 1 >devices/0000:01:00.0/remove; echo left=$(ls /dev/vd? | wc -l); echo 1 >rescan; sha256sum "
+      "/dev/vd?; "
+      "dmesg | grep -e pci -e virtio; "
+      "echo complaints=$(dmesg | grep pci | grep -c -i -e \"can't\" -e fail -e conflict -e 'no space')",
+      {"--disk", disk.path + ",bus=first", "--disk", other + ",slot=7", "--device",
+       "pcie-root-port,id=first,slot=5", "--device", "pcie-root-port,id=second,slot=6"},
+      "pci=resource_alignment=20@pci:1af4:1001 ");
+  std::filesystem::remove(other);
+  EXPECT_THAT(out, HasSubstr("0x1af4"));
+  EXPECT_THAT(out, ContainsRegex("PCI-MSI.*virtio[0-9]-req"));
+  EXPECT_THAT(out, ContainsRegex("0000:00:05.0: pciehp: Slot #1 .*HotPlug. Surprise."));
+  EXPECT_THAT(out, ContainsRegex("0000:00:06.0: pciehp: Slot #2 .*HotPlug. Surprise."));
+  const auto place = [&out](const std::string& end) {
+    std::smatch found;
+    std::regex_search(out, found,
+                      std::regex("0000:00:07.0: BAR 1 \\[mem (0x[0-9a-f]+)-0x[0-9a-f]+\\]" + end));
+    return found.size() > 1 ? found[1].str() : "";
+  };
+  EXPECT_NE(place("\r"), "") << out;
+  EXPECT_NE(place(": assigned"), "") << out;
+  EXPECT_NE(place(": assigned"), place("\r")) << "the kernel has moved it";
+  size_t sums = 0;
+  for (size_t at = out.find(disk.sha256()); at != std::string::npos; at = out.find(disk.sha256(), at + 1))
+    sums++;
+  EXPECT_EQ(sums, 4u) << out;
+  EXPECT_THAT(out, HasSubstr("left=1\r"));
+  EXPECT_THAT(out, HasSubstr("complaints=0"));
+}
+
 // Drivers before VirtIO 1.0: registers in ports, one block for each split queue, with and without MSI-X.
 TEST_F(Virtio, LegacyDriversUseADisk) {
   NEEDS_GUEST("cloud");

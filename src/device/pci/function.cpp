@@ -186,6 +186,11 @@ void Function::set_config_value(unsigned offset, unsigned size, uint32_t value) 
   config_.set(offset, size, value);
 }
 
+void Function::change_config(unsigned offset, unsigned size, uint32_t clear, uint32_t set) noexcept {
+  std::lock_guard lock(mutex_);
+  config_.set(offset, size, (config_.get(offset, size) & ~clear) | set);
+}
+
 void Function::config_write(unsigned offset, unsigned size, uint32_t value) noexcept {
   {
     std::lock_guard lock(mutex_);

@@ -103,9 +103,15 @@ class Function : public Savable {
   // locked: no configuration write from here. A class that overrides them calls detach() in its destructor.
   virtual void bar_mapped(unsigned /*index*/, uint64_t /*address*/) noexcept {}
   virtual void bar_unmapped(unsigned /*index*/, uint64_t /*address*/) noexcept {}
+  // Set-up: a value that reset() returns to as well.
+  void assign_register(unsigned offset, unsigned size, uint32_t value) noexcept {
+    set_initial(offset, size, value);
+  }
   // Bytes of the configuration space as they are, without masks and without the calls above.
   uint32_t config_value(unsigned offset, unsigned size) const noexcept;
   void set_config_value(unsigned offset, unsigned size, uint32_t value) noexcept;
+  // The same for some bits, while a guest may be changing others: first `clear`, then `set`.
+  void change_config(unsigned offset, unsigned size, uint32_t clear, uint32_t set) noexcept;
   bool bus_master() noexcept { return config_read(COMMAND, 2) & COMMAND_BUS_MASTER; }
 
  private:

@@ -1,12 +1,13 @@
 // PCI root: configuration mechanism #1 (PCI Local Bus Specification 3.0, section 3.2.2.3.2) and the
 // memory-mapped mechanism ECAM (PCI Express Base Specification, section 7.2.2).
 //
-// Modelled: bus 0 with 32 slots of 8 functions. CONFIG_ADDRESS answers 32-bit accesses only, as the
-// specification asks; port 0xCF9 in its middle is the reset control register. Not modelled: bridges and
-// further buses: their functions read as absent. The PIRQ routers to the two 8259 are not wired: without an
-// IOAPIC (Linux: noapic) a PCI pin reaches nobody.
+// Modelled: bus 0 with 32 slots of 8 functions, and a bus of one function behind each root port.
+// CONFIG_ADDRESS answers 32-bit accesses only, as the specification asks; port 0xCF9 in its middle is the
+// reset control register. Not modelled: further bridges behind a port. The PIRQ routers to the two 8259 are
+// not wired: without an IOAPIC (Linux: noapic) a PCI pin reaches nobody.
 #include "device/pci/root.hpp"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -52,7 +53,31 @@ void Root::add(unsigned slot, unsigned function, Function& device) {
 }
 
 void Root::remove(unsigned slot, unsigned function) noexcept {
-  if (Function* device = std::exchange(table_[slot * functions + function], nullptr)) device->detach();
+  Function* device = std::exchange(table_[slot * functions + function], nullptr);
+  if (!device) return;
+  for (RootPort* port : port_list_)
+    if (port == device) port->unplug(false);
+  std::erase(port_list_, device);
+  device->detach();
+}
+
+void Root::add_port(unsigned slot, RootPort& port) {
+  add(slot, 0, port);
+  // The pins of a bridge's slot 0 come out at the bridge's own slot (PCI-to-PCI Bridge Architecture, 9.1).
+  port.attach_child_buses(ports_, memory_, [this, slot](unsigned pin) -> machine::Interrupt& {
+    return lines_[machine::layout::pci_gsi(slot, pin) - 16]->add_input();
+  });
+  port_list_.push_back(&port);
+}
+
+RootPort* Root::port(std::string_view id) const noexcept {
+  const auto found = std::ranges::find(port_list_, id, &RootPort::id);
+  return found == port_list_.end() ? nullptr : *found;
+}
+
+void Root::unplug(Function& child, bool announce) noexcept {
+  for (RootPort* port : port_list_)
+    if (port->holds(child)) port->unplug(announce);
 }
 
 Root::~Root() {
@@ -71,8 +96,15 @@ void Root::for_each(const std::function<void(unsigned, unsigned, Function&)>& vi
     if (table_[i]) visit(i / functions, i % functions, *table_[i]);
 }
 
-Function* Root::find(uint32_t address) const noexcept {
-  return (address >> 16 & 0xff) == 0 ? table_[address >> 8 & 0xff] : nullptr;
+template <class Visit>
+bool Root::with_function(uint32_t address, Visit visit) const {
+  const unsigned bus = address >> 16 & 0xff, place = address >> 8 & 0xff;
+  if (bus == 0) {
+    if (table_[place]) visit(*table_[place]);
+    return table_[place];
+  }
+  const auto port = std::ranges::find_if(port_list_, [bus](RootPort* each) { return each->owns_bus(bus); });
+  return place == 0 && port != port_list_.end() && (*port)->with_child(visit);
 }
 
 uint32_t Root::selected() const noexcept {
@@ -88,9 +120,11 @@ uint64_t Root::PortWindow::read(uint64_t offset, unsigned size) noexcept {
   if (offset == RESET_CONTROL && size == 1) return root_.reset_control_.read(0, 1);
   uint32_t address = root_.selected();
   if (offset < CONFIG_DATA || !(address & CONFIG_ENABLE)) return ones(size);
-  Function* function = root_.find(address);
-  if (!function) return ones(size);
-  return function->config_read((address & 0xfc) + static_cast<unsigned>(offset - CONFIG_DATA), size);
+  uint64_t value = ones(size);
+  root_.with_function(address, [&](Function& function) {
+    value = function.config_read((address & 0xfc) + static_cast<unsigned>(offset - CONFIG_DATA), size);
+  });
+  return value;
 }
 
 void Root::PortWindow::write(uint64_t offset, unsigned size, uint64_t value) noexcept {
@@ -102,9 +136,10 @@ void Root::PortWindow::write(uint64_t offset, unsigned size, uint64_t value) noe
   if (offset == RESET_CONTROL && size == 1) return root_.reset_control_.write(0, 1, value);
   uint32_t address = root_.selected();
   if (offset < CONFIG_DATA || !(address & CONFIG_ENABLE)) return;
-  if (Function* function = root_.find(address))
-    function->config_write((address & 0xfc) + static_cast<unsigned>(offset - CONFIG_DATA), size,
-                           static_cast<uint32_t>(value));
+  root_.with_function(address, [&](Function& function) {
+    function.config_write((address & 0xfc) + static_cast<unsigned>(offset - CONFIG_DATA), size,
+                          static_cast<uint32_t>(value));
+  });
 }
 
 // --- ECAM
@@ -112,20 +147,21 @@ void Root::PortWindow::write(uint64_t offset, unsigned size, uint64_t value) noe
 
 // Bits 27 to 12 of the offset are bus, slot and function, where CONFIG_ADDRESS has them in bits 23 to 8.
 uint64_t Root::EcamWindow::read(uint64_t offset, unsigned size) noexcept {
-  Function* function = root_.find(static_cast<uint32_t>(offset >> 4));
-  if (!function) return ones(size);
-  auto at = static_cast<unsigned>(offset & 0xfff);
-  if (size <= 4) return function->config_read(at, size);
-  return function->config_read(at, 4) | uint64_t{function->config_read(at + 4, 4)} << 32;
+  uint64_t value = ones(size);
+  const auto at = static_cast<unsigned>(offset & 0xfff);
+  root_.with_function(static_cast<uint32_t>(offset >> 4), [&](Function& function) {
+    value = function.config_read(at, std::min(size, 4u));
+    if (size > 4) value |= uint64_t{function.config_read(at + 4, 4)} << 32;
+  });
+  return value;
 }
 
 void Root::EcamWindow::write(uint64_t offset, unsigned size, uint64_t value) noexcept {
-  Function* function = root_.find(static_cast<uint32_t>(offset >> 4));
-  if (!function) return;
-  auto at = static_cast<unsigned>(offset & 0xfff);
-  if (size <= 4) return function->config_write(at, size, static_cast<uint32_t>(value));
-  function->config_write(at, 4, static_cast<uint32_t>(value));
-  function->config_write(at + 4, 4, static_cast<uint32_t>(value >> 32));
+  const auto at = static_cast<unsigned>(offset & 0xfff);
+  root_.with_function(static_cast<uint32_t>(offset >> 4), [&](Function& function) {
+    function.config_write(at, std::min(size, 4u), static_cast<uint32_t>(value));
+    if (size > 4) function.config_write(at + 4, 4, static_cast<uint32_t>(value >> 32));
+  });
 }
 
 // --- Reset and saved state

@@ -7,9 +7,11 @@
 #include <memory>
 #include <mutex>
 #include <string_view>
+#include <vector>
 
 #include "base/state.hpp"
 #include "device/pci/function.hpp"
+#include "device/pci/root_port.hpp"
 #include "device/shared_line.hpp"
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
@@ -52,7 +54,16 @@ class Root final : public Savable {
   // The first slot from 1 on without a function. Throws UsageError when the bus is full.
   unsigned free_slot() const;
 
-  // Every function that is plugged in, by slot and function. Set-up.
+  // The same as add() for a port, whose bus is found from then on. A port that is removed lets its child go.
+  void add_port(unsigned slot, RootPort& port);
+  // Null when no port has this id.
+  RootPort* port(std::string_view id) const noexcept;
+  const std::vector<RootPort*>& ports() const noexcept { return port_list_; }
+  unsigned next_port() const noexcept { return static_cast<unsigned>(port_list_.size()) + 1; }
+  // Takes the function out of the port that it is behind; nothing when it is behind none.
+  void unplug(Function& child, bool announce) noexcept;
+
+  // Every function of bus 0 that is plugged in, by slot and function. Set-up.
   void for_each(const std::function<void(unsigned slot, unsigned function, Function& device)>& visit);
 
   // Resets CONFIG_ADDRESS and every function.
@@ -81,14 +92,17 @@ class Root final : public Savable {
     Root& root_;
   };
 
-  // `address`: bus << 16 | slot << 11 | function << 8.
-  Function* find(uint32_t address) const noexcept;
+  // Calls `visit` with the function at `address` (bus << 16 | slot << 11 | function << 8), if there is one; a
+  // function behind a port cannot leave meanwhile. False: there is none.
+  template <class Visit>
+  bool with_function(uint32_t address, Visit visit) const;
   uint32_t selected() const noexcept;
 
   machine::Bus& ports_;
   machine::Bus& memory_;
   machine::RegisterWindow& reset_control_;
   std::array<Function*, slots * functions> table_{};
+  std::vector<RootPort*> port_list_;                  // does not change while vCPUs run
   std::array<std::unique_ptr<SharedLine>, 8> lines_;  // GSI 16 to 23
   mutable std::mutex mutex_;
   RootState state_;

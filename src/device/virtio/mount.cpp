@@ -13,6 +13,11 @@ namespace lodge::device::virtio {
 
 namespace {
 
+// What --device says about legacy drivers; devices that never had a legacy interface have no such option.
+std::string_view legacy_wish(const Device& device, const DeviceOptions& options) {
+  return has_legacy_interface(device.description().type) ? std::string_view(options.text("legacy")) : "off";
+}
+
 // A loop for one device, or none.
 std::unique_ptr<EventLoop> own_loop(const Device& device, Served served) {
   if (served == Served::by_machine) return nullptr;
@@ -21,18 +26,28 @@ std::unique_ptr<EventLoop> own_loop(const Device& device, Served served) {
 
 class MountedPci final : public MountedDevice {
  public:
-  MountedPci(const DeviceContext& context, unsigned slot, std::unique_ptr<Device> device, bool transitional,
-             Served served)
+  // Behind `port` or, where that is null, in a slot of the root bus.
+  MountedPci(const DeviceContext& context, pci::RootPort* port, unsigned slot, std::unique_ptr<Device> device,
+             bool transitional, Served served)
       : root_(*context.pci),
         slot_(slot),
         own_loop_(own_loop(*device, served)),
         transport_(std::move(device), {context.msi, context.doorbells}, transitional) {
     transport_.device().attach_loop(own_loop_ ? *own_loop_ : context.loop);
-    root_.add(slot_, 0, transport_);
+    if (port)
+      port->plug(transport_, false);
+    else
+      root_.add(slot_, 0, transport_);
   }
-  ~MountedPci() override { root_.remove(slot_, 0); }
+  ~MountedPci() override {
+    if (slot_ == behind_port)
+      root_.unplug(transport_, false);  // the port itself may have gone before
+    else
+      root_.remove(slot_, 0);
+  }
   Savable* savable() noexcept override { return &transport_; }
   Device* virtio_device() noexcept override { return &transport_.device(); }
+  static constexpr unsigned behind_port = pci::Root::slots;
 
  private:
   pci::Root& root_;
@@ -68,8 +83,26 @@ std::unique_ptr<MountedDevice> mount_mmio(const DeviceContext& context, const De
                 device->description().name, option, options.text(option));
   };
   if (options.text("slot") != "auto") refuse("slot");
-  if (options.text("legacy") == "on") refuse("legacy");
+  if (!options.text("bus").empty()) refuse("bus");
+  if (legacy_wish(*device, options) == "on") refuse("legacy");
   return std::make_unique<MountedMmio>(context, context.virtio_mmio->take(), std::move(device), served);
+}
+
+std::unique_ptr<MountedDevice> mount_behind_port(const DeviceContext& context, const DeviceOptions& options,
+                                                 std::unique_ptr<Device> device, Served served) {
+  const auto& name = device->description().name;
+  const auto& bus = options.text("bus");
+  pci::RootPort* port = context.pci->port(bus);
+  if (!port)
+    usage_error("--device {},bus={}: no such port; add --device pcie-root-port,id={}", name, bus, bus);
+  if (options.text("slot") != "auto")
+    usage_error("--device {},bus={}: the port has one slot; leave slot={} out", name, bus,
+                options.text("slot"));
+  if (legacy_wish(*device, options) == "on")
+    usage_error("--device {},bus={}: a PCI Express port has no room for port registers; leave legacy=on out",
+                name, bus);
+  return std::make_unique<MountedPci>(context, port, MountedPci::behind_port, std::move(device), false,
+                                      served);
 }
 
 }  // namespace
@@ -84,13 +117,14 @@ RingFeatures ring_features(const DeviceOptions& options) {
 
 std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
                                      std::unique_ptr<Device> device, Served served) {
-  const bool transitional = has_legacy_interface(device->description().type) &&
-                            (options.text("legacy") == "auto" || options.flag("legacy"));
+  const std::string_view legacy = legacy_wish(*device, options);
+  const bool transitional = legacy == "auto" || (legacy != "off" && options.flag("legacy"));
   if (!context.pci) return mount_mmio(context, options, std::move(device), served);
+  if (!options.text("bus").empty()) return mount_behind_port(context, options, std::move(device), served);
   const bool automatic = options.text("slot") == "auto";
   const unsigned slot =
       automatic ? context.pci->free_slot() : static_cast<unsigned>(options.number("slot", 1, 0x1e));
-  return std::make_unique<MountedPci>(context, slot, std::move(device), transitional, served);
+  return std::make_unique<MountedPci>(context, nullptr, slot, std::move(device), transitional, served);
 }
 
 }  // namespace lodge::device::virtio

@@ -13,6 +13,7 @@ namespace lodge::device::virtio {
 // The options that follow a device's own: where it sits, and what an old or odd driver needs to be kept from.
 inline constexpr std::array common_options{
     OptionSchema{"slot", "addr", "auto", "PCI slot, 1 to 0x1e"},
+    OptionSchema{"bus", "", "", "id of the pcie-root-port that it is behind; empty: the root bus"},
     OptionSchema{"legacy", "", "auto", "also drivers older than VirtIO 1.0: on, off or auto: on PCI"},
     OptionSchema{"packed", "", "on", "offer packed queues: on or off"},
 };
@@ -27,7 +28,8 @@ constexpr auto options_with_common(Own... own) {
 // For devices that never had a legacy interface.
 template <class... Own>
 constexpr auto options_of_modern(Own... own) {
-  std::array<OptionSchema, sizeof...(own) + 2> all{own..., common_options[0], common_options[2]};
+  std::array<OptionSchema, sizeof...(own) + 3> all{own..., common_options[0], common_options[1],
+                                                   common_options[3]};
   return all;
 }
 

@@ -143,6 +143,46 @@ TEST_F(PciTransportTest, AddressesAreAssignedInsideTheWindowsAndMayMove) {
   EXPECT_TRUE(platform.doorbells.empty());
 }
 
+// The guest moves the registers to and fro while one of its processors uses the device and another looks at
+// both places: each access finds the device as it is, or nothing.
+TEST_F(PciTransportTest, RegistersMoveWhileTheDeviceWorks) {
+  enable_msix();
+  start(F_VERSION_1 | F_RING_PACKED);
+  const uint64_t low = static_cast<uint32_t>(bar(4));
+  const std::array<uint64_t, 2> places = {uint64_t{0x90} << 32 | low, uint64_t{0x91} << 32 | low};
+  std::jthread other([&](const std::stop_token& stop) {
+    while (!stop.stop_requested())
+      for (const uint64_t place : places) {
+        const uint64_t status = memory_bus.read(place + 20, 1);
+        EXPECT_TRUE(status == 15 || status == 0xff) << status;
+        memory_bus.write(place + 8, 4, 0);
+      }
+  });
+  for (unsigned i = 0; i < 500; i++) {
+    set_config(0x24, 4, 0x90 + i % 2);
+    ASSERT_EQ(common(20, 1), 15u);
+    ASSERT_EQ(part(2) >> 32, 0x90 + i % 2);
+    ASSERT_TRUE(
+        std::ranges::any_of(platform.doorbells, [&](const auto& bell) { return bell.address == part(2); }));
+    const uint16_t id = queue->submit({{0x90000, 16, true}});
+    memory_bus.write(part(2), 2, 0);
+    pollfd kicked{function.device().kick_fd(0), POLLIN, 0};
+    ASSERT_EQ(::poll(&kicked, 1, 0), 1);
+    ASSERT_TRUE(take_event(kicked.fd));
+    function.device().kick(0);
+    const auto used = queue->used();
+    ASSERT_TRUE(used);
+    EXPECT_EQ(used->id, id);
+    if (i % 50 == 0) {  // off and on again
+      set_config(4, 2, 0);
+      EXPECT_EQ(common(20, 1), 0xffu);
+      EXPECT_TRUE(platform.doorbells.empty());
+      set_config(4, 2, 7);
+    }
+  }
+  EXPECT_EQ(platform.messages.size(), 500u);
+}
+
 class QuickDevice final : public Device {
  public:
   explicit QuickDevice(machine::GuestMemory& ram)

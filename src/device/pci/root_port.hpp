@@ -1,0 +1,74 @@
+// A PCI Express root port: a bridge at bus 0 whose secondary bus has one slot, into which a function may be
+// plugged, also while the guest runs.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "device/pci/function.hpp"
+#include "device/shared_line.hpp"
+
+namespace lodge::device::pci {
+
+// Threads: as Function; plug() and unplug() from any thread. Locks: `slot_mutex_`, then `event_mutex_` or the
+// child's. `slot_mutex_` is held while the child is found and used, so a function that leaves is used by
+// nobody when unplug() returns.
+class RootPort final : public Function {
+ public:
+  // `number`: the port's and its slot's, 1 to 255; what a guest shows people. `id`: what `bus=` of a device
+  // names.
+  RootPort(std::string id, unsigned number);
+  ~RootPort() override;
+
+  const std::string& id() const noexcept { return id_; }
+
+  // Called by the root: where BARs of the child appear, and what its INTA to INTD drive.
+  void attach_child_buses(machine::Bus& ports, machine::Bus& memory,
+                          const std::function<machine::Interrupt&(unsigned pin)>& line);
+  // Puts `child` into the slot. `announce`: the guest is told by a hot-plug event; otherwise it was there
+  // from the start. Throws UsageError when the slot is full. The child outlives its stay.
+  void plug(Function& child, bool announce);
+  void unplug(bool announce) noexcept;
+  bool occupied() const noexcept;
+
+  // Set-up, as firmware does it: the bus behind the port, and windows for it (`size` 0: closed).
+  struct Window {
+    uint64_t base = 0, size = 0;
+  };
+  void assign(uint8_t bus, Window memory, Window prefetchable) noexcept;
+  bool holds(const Function& child) const noexcept;
+  // Calls `visit` with the child while it cannot leave; false when there is none.
+  template <class Visit>
+  bool with_child(Visit visit) const {
+    const std::lock_guard lock(slot_mutex_);
+    if (child_) visit(*child_);
+    return child_;
+  }
+
+  // Configuration accesses of another bus than 0: false when they are not for this port's side.
+  bool owns_bus(unsigned bus) const noexcept;
+
+  void reset() noexcept override;
+
+ private:
+  void config_written(unsigned offset, unsigned size) noexcept override;
+  void add_express_capability(unsigned number);
+  // With slot_mutex_ held.
+  void set_presence(bool present, bool announce) noexcept;
+  void update_interrupt() noexcept;
+
+  std::string id_;
+  unsigned express_ = 0;  // offset of the PCI Express capability
+  machine::Bus* child_ports_ = nullptr;
+  machine::Bus* child_memory_ = nullptr;
+  std::array<machine::Interrupt*, 4> child_lines_{};
+  mutable std::mutex slot_mutex_;
+  Function* child_ = nullptr;
+  std::mutex event_mutex_;  // the pin follows the last event or the last acknowledgement, not an older one
+};
+
+}  // namespace lodge::device::pci
