@@ -97,6 +97,7 @@ class MountedWatchdog final : public MountedDevice {
       : watchdog_(context.clock, watchdog_action(context.power, options.text("action"))),
         ports_(context.ports, Watchdog::ports, Watchdog::window_size, watchdog_, "watchdog") {}
   Savable* savable() noexcept override { return &watchdog_; }
+  void set_paused(bool paused) noexcept override { watchdog_.set_paused(paused); }
 
  private:
   Watchdog watchdog_;

@@ -64,6 +64,8 @@ class MountedDevice {
   virtual ~MountedDevice() = default;
   virtual Savable* savable() noexcept { return nullptr; }  // null: it has no state
   virtual Disk* disk() noexcept { return nullptr; }        // null: it is none
+  // The machine's processors stand still, or go on: for what counts the guest's time. Any thread.
+  virtual void set_paused(bool /*paused*/) noexcept {}
   // The VirtIO device behind the transport; null: it is none.
   virtual virtio::Device* virtio_device() noexcept { return nullptr; }
 };

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "base/error.hpp"
 
@@ -32,29 +33,51 @@ struct WatchdogState {
 Watchdog::Watchdog(Clock& clock, std::function<void()> expired)
     : clock_(clock), expired_(std::move(expired)), timer_(clock.make_timer([this] { check(); })) {}
 
+void Watchdog::arm() noexcept {
+  if (running_ && !paused_at_)
+    timer_->arm(deadline_);
+  else
+    timer_->cancel();
+}
+
+// A vCPU may come here just after the machine was paused: it has all of its time when the machine goes on.
 void Watchdog::restart() noexcept {
-  deadline_ = clock_.now() + count_ * period_ns;
-  timer_->arm(deadline_);
+  deadline_ = now() + count_ * period_ns;
+  arm();
+}
+
+void Watchdog::set_paused(bool paused) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (paused == paused_at_.has_value()) return;
+  if (paused)
+    paused_at_ = clock_.now();
+  else
+    deadline_ += clock_.now() - *std::exchange(paused_at_, std::nullopt);
+  arm();
 }
 
 void Watchdog::check() noexcept {
   {
     const std::lock_guard lock(mutex_);
     // The guest may have been faster than this call.
-    if (!running_ || clock_.now() < deadline_) return;
+    if (!running_ || paused_at_ || clock_.now() < deadline_) return;
     running_ = false;
     fired_ = true;
   }
   expired_();
 }
 
+uint64_t Watchdog::time_left() const noexcept {
+  const uint64_t at = now();
+  return running_ && at < deadline_ ? deadline_ - at : 0;
+}
+
 uint64_t Watchdog::read(uint64_t offset, unsigned size) noexcept {
   if (size != 4) return 0;
   const std::lock_guard lock(mutex_);
-  const uint64_t now = clock_.now();
   switch (offset) {
     case COUNT: return count_;
-    case CURRENT: return running_ && now < deadline_ ? (deadline_ - now + period_ns - 1) / period_ns : 0;
+    case CURRENT: return (time_left() + period_ns - 1) / period_ns;
     case CONTROL: return running_ ? RUN : 0;
     case STATUS: return fired_ ? FIRED : 0;
     default: return 0;
@@ -70,9 +93,10 @@ void Watchdog::write(uint64_t offset, unsigned size, uint64_t value) noexcept {
       if (running_) restart();
       break;
     case CONTROL:
-      if ((value & RUN) && !running_) restart();
-      running_ = value & RUN;
-      if (!running_) timer_->cancel();
+      if (const bool run = value & RUN; run != running_) {
+        running_ = run;
+        restart();
+      }
       break;
     case STATUS:
       if (value & FIRED) fired_ = false;
@@ -85,9 +109,7 @@ void Watchdog::write(uint64_t offset, unsigned size, uint64_t value) noexcept {
 
 void Watchdog::save(nlohmann::json& json) const {
   const std::lock_guard lock(mutex_);
-  const uint64_t now = clock_.now();
-  save_state(WatchdogState{count_, running_, fired_, running_ && now < deadline_ ? deadline_ - now : 0},
-             json);
+  save_state(WatchdogState{count_, running_, fired_, time_left()}, json);
 }
 
 void Watchdog::load(const nlohmann::json& json) {
@@ -99,11 +121,8 @@ void Watchdog::load(const nlohmann::json& json) {
   count_ = state.count;
   running_ = state.running;
   fired_ = state.fired;
-  deadline_ = clock_.now() + state.left_ns;
-  if (running_)
-    timer_->arm(deadline_);
-  else
-    timer_->cancel();
+  deadline_ = now() + state.left_ns;
+  arm();
 }
 
 }  // namespace lodge::device

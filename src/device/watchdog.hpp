@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "base/clock.hpp"
 #include "base/state.hpp"
@@ -35,7 +36,14 @@ class Watchdog final : public machine::RegisterWindow, public Savable {
   void save(nlohmann::json& json) const override;
   void load(const nlohmann::json& json) override;
 
+  // While its machine is paused no time passes for it: a guest that cannot run cannot ask for more. Any
+  // thread.
+  void set_paused(bool paused) noexcept;
+
  private:
+  uint64_t now() const noexcept { return paused_at_ ? *paused_at_ : clock_.now(); }
+  uint64_t time_left() const noexcept;  // 0: it does not run, or has none left
+  void arm() noexcept;
   void restart() noexcept;
   void check() noexcept;
 
@@ -44,8 +52,9 @@ class Watchdog final : public machine::RegisterWindow, public Savable {
   mutable std::mutex mutex_;
   uint32_t count_ = max_count;
   bool running_ = false, fired_ = false;
-  uint64_t deadline_ = 0;
-  std::unique_ptr<Timer> timer_;  // last: its callback uses everything above
+  uint64_t deadline_ = 0;              // by now()
+  std::optional<uint64_t> paused_at_;  // when its time stood still
+  std::unique_ptr<Timer> timer_;       // last: its callback uses everything above
 };
 
 }  // namespace lodge::device

@@ -76,6 +76,48 @@ TEST_F(WatchdogTest, CountsAreBoundedAndOddAccessesIgnored) {
   EXPECT_EQ(watchdog.read(2, 4), 0u);
 }
 
+TEST_F(WatchdogTest, NoTimePassesWhileTheMachineIsPaused) {
+  write(Watchdog::COUNT, 30);
+  write(Watchdog::CONTROL, Watchdog::RUN);
+  clock.advance(second);
+  watchdog.set_paused(true);
+  watchdog.set_paused(true);  // once more: nothing new
+  clock.advance(1000 * second);
+  EXPECT_EQ(expired, 0);
+  EXPECT_EQ(read(Watchdog::CURRENT), 20u);
+  watchdog.set_paused(false);
+  EXPECT_EQ(read(Watchdog::CURRENT), 20u);
+  clock.advance(2 * second - 1);
+  EXPECT_EQ(expired, 0);
+  clock.advance(1);
+  EXPECT_EQ(expired, 1);
+}
+
+// A vCPU gets its last instructions done after the pause was asked for.
+TEST_F(WatchdogTest, ARestartInThePauseGivesAllOfTheTimeAfterIt) {
+  write(Watchdog::COUNT, 30);
+  watchdog.set_paused(true);
+  write(Watchdog::CONTROL, Watchdog::RUN);
+  clock.advance(2 * second);
+  write(Watchdog::CURRENT, 1);
+  FakeClock later;
+  int fired = 0;
+  Watchdog restored(later, [&] { fired++; });
+  EXPECT_TRUE(testing::round_trip(watchdog, restored));  // as a machine is saved: paused
+  later.advance(3 * second);
+  EXPECT_EQ(fired, 1);
+  clock.advance(1000 * second);
+  watchdog.set_paused(false);
+  clock.advance(3 * second - 1);
+  EXPECT_EQ(expired, 0);
+  clock.advance(1);
+  EXPECT_EQ(expired, 1);
+  watchdog.set_paused(true);
+  watchdog.set_paused(false);
+  clock.advance(1000 * second);
+  EXPECT_EQ(expired, 1);
+}
+
 TEST_F(WatchdogTest, SavedStateKeepsTheTimeThatIsLeft) {
   write(Watchdog::COUNT, 30);
   write(Watchdog::CONTROL, Watchdog::RUN);

@@ -54,6 +54,10 @@ class Machine {
   }
   // False when it is known that the guest has no driver that would see it.
   bool press_power_button() noexcept { return chipset_->press_power_button(); }
+  // The processors stand still, or go on.
+  void set_paused(bool paused) noexcept {
+    for (const auto& mounted : optional_) mounted->set_paused(paused);
+  }
   // By its id, or "disk0" for the first one without and so on; null: there is none of that name.
   device::Disk* disk(std::string_view name) noexcept;
 

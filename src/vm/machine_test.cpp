@@ -13,6 +13,7 @@
 #include <random>
 #include <thread>
 
+#include "device/watchdog.hpp"
 #include "kvm/soft/soft.hpp"
 #include "machine/boot/test_kernels.hpp"
 #include "machine/layout.hpp"
@@ -144,6 +145,34 @@ TEST(MachineDisks, AreFoundByNameAndGrow) {
   EXPECT_EQ(machine.resize_disk("disk0", size / 2), EINVAL);
   EXPECT_EQ(machine.resize_disk("data", 2 * size), EROFS);
   EXPECT_EQ(machine.resize_disk("disk2", 2 * size), ENODEV);
+}
+
+// The guest cannot ask for more time while it stands still, so the watchdog must not count meanwhile.
+TEST(MachinePause, TheWatchdogWaitsToo) {
+  using device::Watchdog;
+  constexpr uint64_t kernel_at = 1 << 20;
+  const kernels::TemporaryFile kernel(
+      kernels::elf64({.paddr = kernel_at, .vaddr = kernel_at, .entry = kernel_at}));
+  VmConfig config{.kernel = kernel.path, .memory = 16 << 20, .cpu = "host"};
+  config.serial.assign(1, {SerialConfig::Kind::null, {}});
+  config.devices = {{"watchdog", {{"action", "none"}}}};
+  VirtualMachine machine(config, kvm::soft::open(), std::make_unique<Backends>(config.serial, nullptr));
+  const auto status = [&] {
+    uint64_t value = 0;
+    machine.with_machine(
+        [&](Machine& present) { value = present.ports().read(Watchdog::ports + Watchdog::STATUS, 4); });
+    return value;
+  };
+  machine.pause();
+  machine.with_machine([](Machine& present) {
+    present.ports().write(Watchdog::ports + Watchdog::COUNT, 4, 1);  // a tenth of a second
+    present.ports().write(Watchdog::ports + Watchdog::CONTROL, 4, Watchdog::RUN);
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  EXPECT_EQ(status(), 0u);
+  machine.resume();
+  for (int i = 0; i < 6000 && status() == 0; i++) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_EQ(status(), Watchdog::FIRED);
 }
 
 }  // namespace

@@ -70,6 +70,7 @@ Ending VirtualMachine::run() {
       std::lock_guard lock(machine_mutex_);
       machine_.reset();
       machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+      machine_->set_paused(paused());
     }
     std::lock_guard lock(mutex_);
     resets_++;
@@ -179,15 +180,18 @@ bool VirtualMachine::press_power_button() noexcept {
 }
 
 void VirtualMachine::pause() noexcept {
+  std::lock_guard machine_lock(machine_mutex_);  // devices and processors agree, whoever else calls
+  if (machine_) machine_->set_paused(true);
   {
     std::lock_guard lock(mutex_);
     paused_ = true;
   }
-  std::lock_guard lock(machine_mutex_);
   if (machine_) kick_all();
 }
 
 void VirtualMachine::resume() noexcept {
+  std::lock_guard machine_lock(machine_mutex_);
+  if (machine_) machine_->set_paused(false);
   std::lock_guard lock(mutex_);
   paused_ = false;
   changed_.notify_all();

@@ -39,7 +39,8 @@ class VirtualMachine final : public machine::Power {
   bool press_power_button() noexcept;
   void reset() noexcept;
   void end() noexcept;  // at once, whatever the guest does
-  // The processors stand still; the clocks of the devices go on. Takes effect soon after.
+  // The processors stand still, and so does the watchdog; the clocks of the other devices go on. Takes effect
+  // soon after.
   void pause() noexcept;
   void resume() noexcept;
   // The user's terminal has this size now.
