@@ -3,6 +3,7 @@
 // the rules must find a device that works.
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <cstdlib>
@@ -15,6 +16,7 @@
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/file_system.hpp"
+#include "device/virtio/input.hpp"
 #include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
 #include "device/virtio/vsock.hpp"
@@ -125,7 +127,22 @@ std::shared_ptr<const share::Folder> empty_folder() {
   return folder;
 }
 
+// The one that was made last in this run, for events between the driver's steps.
+virtio::Input* current_input = nullptr;
+
+void type(uint32_t chosen) {
+  if (!current_input) return;
+  const auto code = static_cast<uint16_t>(chosen % 256);
+  const std::array<virtio::InputEvent, 2> events = {{{1, code, 1}, {1, code, 0}}};
+  current_input->send(std::span(events).first(1 + chosen % 2));
+}
+
 constexpr Make makers[] = {
+    [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
+      auto input = std::make_unique<virtio::Input>(memory, virtio::Input::Kind::keyboard);
+      current_input = input.get();
+      return input;
+    },
     [](machine::GuestMemory& memory) -> std::unique_ptr<virtio::Device> {
       return std::make_unique<virtio::FileSystem>(
           memory, empty_folder(), "tag",
@@ -168,6 +185,7 @@ void check_state(virtio::Device& device, virtio::Device& twin) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static machine::GuestMemory memory(2 * machine::layout::MiB);
   Input input({data, size});
+  current_input = nullptr;
   const Make make = makers[input.byte() % std::size(makers)];
   const auto twin = make(memory), device = make(memory);
   virtio::testing::FakeDriver driver(*device, memory);
@@ -176,6 +194,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
                             const uint32_t chosen = input.below(below);
                             if (const auto wire = current_wire.lock(); wire && chosen % 16 == 3)
                               wire->bring(chosen / 16 % 2);
+                            if (chosen % 16 == 5) type(chosen / 16);
                             return chosen;
                           });
   check_state(*device, *twin);

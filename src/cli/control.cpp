@@ -141,6 +141,51 @@ Asked disk_resize(Client& client, Arguments arguments) {
                {{"device", arguments[0]}, {"size", vm::parse_size("disk-resize", arguments[1])}});
 }
 
+Asked input(Client& client, Arguments) {
+  Json answer = client.execute("lodge-query-input");
+  std::string text;
+  for (const Json& device : answer) {
+    text +=
+        fmt::format("{}  {}", word(device, "kind"), device.value("driver", false) ? "in use" : "no driver");
+    for (const Json& light : device.value("lights", Json::array()))
+      text += fmt::format("  {} lock", light.get<std::string>());
+    text += "\n";
+  }
+  return {std::move(answer), std::move(text)};
+}
+
+// Each argument is keys that are held together: ctrl-alt-delete.
+Asked send_key(Client& client, Arguments arguments) {
+  for (const std::string& chord : arguments) {
+    Json keys = Json::array();
+    for (size_t begin = 0; begin <= chord.size();) {
+      const size_t end = std::min(chord.find('-', begin), chord.size());
+      keys.push_back({{"type", "qcode"}, {"data", chord.substr(begin, end - begin)}});
+      begin = end + 1;
+    }
+    client.execute("send-key", {{"keys", std::move(keys)}});
+  }
+  return {Json::object(), ""};
+}
+
+Asked pointer(Client& client, Arguments arguments) {
+  Json events = Json::array();
+  for (const auto& [axis, text] : {std::pair{"x", arguments[0]}, std::pair{"y", arguments[1]}}) {
+    unsigned value = 0;
+    const char* const end = text.data() + text.size();
+    const auto [last, error] = std::from_chars(text.data(), end, value);
+    if (error != std::errc{} || last != end)
+      usage_error("pointer: '{}' is not a place; give 0 (left, top) to 32767 (right, bottom)", text);
+    events.push_back({{"type", "abs"}, {"data", {{"axis", axis}, {"value", value}}}});
+  }
+  client.execute("input-send-event", {{"events", std::move(events)}});
+  if (arguments.size() > 2)
+    for (const bool down : {true, false})
+      client.execute("input-send-event",
+                     {{"events", {{{"type", "btn"}, {"data", {{"down", down}, {"button", arguments[2]}}}}}}});
+  return {Json::object(), ""};
+}
+
 // Whatever the machine knows, for what has no word here.
 Asked qmp(Client& client, Arguments arguments) {
   Json given = Json::object();
@@ -171,6 +216,11 @@ constexpr std::array controls = {
             console_resize},
     Control{"disks", "", "the disks and their names", 0, 0, disks},
     Control{"disk-resize", "DISK SIZE", "makes a disk larger while the guest uses it", 2, 2, disk_resize},
+    Control{"input", "", "keyboards and tablets, and which lights are on", 0, 0, input},
+    Control{"send-key", "KEYS...", "presses and releases keys, like ctrl-alt-delete or h e l l o ret", 1, 64,
+            send_key},
+    Control{"pointer", "X Y [BUTTON]", "puts the tablet's pointer there, 0 to 32767, and clicks", 2, 3,
+            pointer},
     Control{"qmp", "COMMAND [JSON]", "any command of docs/control.md, with its arguments", 1, 2, qmp},
 };
 

@@ -11,6 +11,7 @@
 
 #include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
+#include "vm/input_commands.hpp"
 
 namespace lodge::vm {
 namespace {
@@ -210,9 +211,11 @@ constexpr std::array commands = {
     Command{"balloon", set_balloon},
     Command{"block_resize", block_resize},
     Command{"cont", cont},
+    Command{"input-send-event", input_send_event},
     Command{"lodge-balloon-hint", lodge_balloon_hint},
     Command{"lodge-console-resize", lodge_console_resize},
     Command{"lodge-query", lodge_query},
+    Command{"lodge-query-input", lodge_query_input},
     Command{"lodge-statistics", lodge_statistics},
     Command{"qmp_capabilities", qmp_capabilities},
     Command{"query-balloon", query_balloon},
@@ -221,6 +224,7 @@ constexpr std::array commands = {
     Command{"query-name", query_name},
     Command{"query-status", query_status},
     Command{"quit", quit},
+    Command{"send-key", send_key},
     Command{"stop", stop},
     Command{"system_powerdown", system_powerdown},
     Command{"system_reset", system_reset},

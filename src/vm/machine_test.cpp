@@ -5,6 +5,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <barrier>
@@ -76,15 +77,24 @@ TEST_P(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
   VmConfig config{.kernel = kernel.path, .cpus = 2, .memory = 16 << 20, .cpu = "host"};
   config.machine = GetParam();
   config.serial.assign(GetParam() == MachineType::pc ? 4 : 1, {SerialConfig::Kind::null, {}});
-  config.devices = {{"debugcon", {{"output", "null"}}},
-                    {"isa-debug-exit", {}},
-                    {"pvpanic", {}},
-                    {"pc-testdev", {}},
-                    {"virtio-rng", {}},
-                    {"virtio-balloon", {}},
-                    {"virtio-net", {}},
-                    {"virtio-blk", {{"file", disk.path}}},
-                    {"virtio-console", {{"console", "null"}}}};
+  config.devices = {
+      {"debugcon", {{"output", "null"}}},
+      {"isa-debug-exit", {}},
+      {"pvpanic", {}},
+      {"pc-testdev", {}},
+      {"virtio-rng", {}},
+      {"virtio-balloon", {}},
+      {"virtio-net", {}},
+      {"virtio-blk", {{"file", disk.path}}},
+      {"virtio-console", {{"console", "null"}}},
+      {"virtio-keyboard", {}},
+      {"virtio-tablet", {}},
+      {"virtio-vsock", {{"path", testing::TempDir() + "lodge-machine-" + std::to_string(::getpid())}}},
+      {"virtio-fs", {{"path", testing::TempDir()}, {"tag", "tag"}, {"readonly", "on"}}}};
+  if (GetParam() == MachineType::pc) {
+    config.devices.push_back({"virtio-rng", {{"bus", "port"}}});
+    config.devices.push_back({"pcie-root-port", {{"id", "port"}}});
+  }
 
   const auto system = kvm::soft::open();
   Backends backends(config.serial, {});

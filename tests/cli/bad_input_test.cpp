@@ -67,7 +67,7 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
   };
   micro_refused({"--device", "virtio-rng,slot=5"}, "slot=5: --machine micro has no PCI");
   micro_refused({"--device", "virtio-rng,legacy=on"}, "legacy=on: --machine micro has no PCI");
-  micro_refused({"--device", "virtio-balloon,bus=a"}, "bus=a: --machine micro has no PCI");
+  micro_refused({"--device", "virtio-keyboard,bus=a"}, "bus=a: --machine micro has no PCI");
   micro_refused({"--device", "pcie-root-port,id=a"}, "--machine micro has no PCI");
   micro_refused({"--serial", "null", "--serial", "null"}, "--machine micro has one serial port");
 }
@@ -85,7 +85,7 @@ TEST_F(BadInput, RootPortsThatDoNotFit) {
   with_port({"--device", "pcie-root-port,id=a"}, "the name is given twice");
   with_port({"--device", "virtio-rng,bus=a,slot=3"}, "leave slot=3 out");
   with_port({"--device", "virtio-rng,bus=a,legacy=on"}, "leave legacy=on out");
-  with_port({"--device", "virtio-rng,bus=a", "--device", "virtio-balloon,bus=a"}, "taken by virtio-rng");
+  with_port({"--device", "virtio-rng,bus=a", "--device", "virtio-keyboard,bus=a"}, "taken by virtio-rng");
   with_port({"--device", "pcie-root-port,id=b,slot=1"}, "choose another");
 }
 TEST_F(BadInput, UnknownCommand) {

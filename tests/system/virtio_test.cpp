@@ -304,6 +304,57 @@ TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
 
 // The balloon that every machine has, through the control socket. With it Linux' own account of its memory is
 // seen.
+// Keys and the pointer arrive as the kernel's input events; the kernel's lights arrive here.
+TEST_F(Virtio, KeysAndPointerReachTheGuest) {
+  NEEDS_GUEST("cloud");
+  const std::string path = testing::TempDir() + "lodge-input-" + std::to_string(::getpid());
+  const auto ctl = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), {LODGE_BINARY, "ctl", path});
+    const auto result = testing_support::run(words, answer_patience);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return result.out;
+  };
+  Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell",
+                          {"--control", path, "--device", "virtio-keyboard", "--device", "virtio-tablet"}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  EXPECT_THAT(ctl({"input"}), HasSubstr("keyboard  in use\ntablet  in use\n"));
+  // Events wait from the moment that somebody has the device open.
+  process.send(
+      "cat /proc/bus/input/devices; exec 3</dev/input/event0 4</dev/input/event1; echo ready=$((1+2))\n");
+  ASSERT_TRUE(process.wait_output("ready=3", answer_patience)) << process.out();
+  ctl({"send-key", "ctrl-alt-a"});
+  ctl({"pointer", "16384", "32767", "left"});
+  // An event is 24 bytes: the time, then type, code and value. Read as words: code << 16 | type, value.
+  process.send(
+      "events() { dd bs=24 count=$2 2>/dev/null | hexdump -v -e '6/4 \" %x\" \"\\n\"' | cut -d' ' -f6- | "
+      "sed \"s/^/$1: /\"; }; events event0 12 <&3; events event1 7 <&4; echo all=$((1+1))\n");
+  ASSERT_TRUE(process.wait_output("all=2", answer_patience)) << process.out();
+  const std::string out = process.out();
+  EXPECT_THAT(out, HasSubstr("Name=\"Lodge VirtIO Keyboard\""));
+  EXPECT_THAT(out, HasSubstr("Name=\"Lodge VirtIO Tablet\""));
+  // KEY_LEFTCTRL, KEY_LEFTALT, KEY_A down; up in the other order. EV_SYN after each.
+  EXPECT_THAT(
+      out,
+      HasSubstr("event0: 1d0001 1\r\nevent0: 0 0\r\nevent0: 380001 1\r\nevent0: 0 0\r\nevent0: 1e0001 1\r\n"
+                "event0: 0 0\r\nevent0: 1e0001 0\r\nevent0: 0 0\r\nevent0: 380001 0\r\nevent0: 0 0\r\n"
+                "event0: 1d0001 0\r\nevent0: 0 0\r\n"));
+  EXPECT_THAT(out, HasSubstr("event1: 3 4000\r\nevent1: 10003 7fff\r\nevent1: 0 0\r\nevent1: 1100001 1\r\n"
+                             "event1: 0 0\r\nevent1: 1100001 0\r\nevent1: 0 0\r\n"));
+  // EV_LED, LED_CAPSL.
+  process.send(
+      "printf '\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\0\\21\\0\\1\\0\\1\\0\\0\\0' "
+      ">/dev/input/event0; "
+      "echo lit=$((1+3))\n");
+  ASSERT_TRUE(process.wait_output("lit=4", answer_patience)) << process.out();
+  std::string lights;
+  for (int i = 0; i < 600 && lights.find("caps lock") == std::string::npos; i++, ::usleep(100'000))
+    lights = ctl({"input"});
+  EXPECT_THAT(lights, HasSubstr("keyboard  in use  caps lock\n"));
+  process.send("poweroff -f\n");
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+}
+
 TEST_F(Virtio, TheBalloonIsSteeredWhileTheGuestRuns) {
   NEEDS_GUEST("cloud");
   const std::string path = testing::TempDir() + "lodge-balloon-" + std::to_string(::getpid());

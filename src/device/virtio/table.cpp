@@ -7,6 +7,7 @@
 #include "device/virtio/console.hpp"
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/file_system.hpp"
+#include "device/virtio/input.hpp"
 #include "device/virtio/mount.hpp"
 #include "device/virtio/network_options.hpp"
 #include "device/virtio/vsock.hpp"
@@ -144,6 +145,13 @@ std::unique_ptr<MountedDevice> make_file_system(const DeviceContext& context, co
       Served::by_itself);
 }
 
+constexpr auto input_options = options_of_modern();
+
+template <Input::Kind kind>
+std::unique_ptr<MountedDevice> make_input(const DeviceContext& context, const DeviceOptions& options) {
+  return mount(context, options, std::make_unique<Input>(context.ram, kind, ring_features(options)));
+}
+
 constexpr std::array table{
     DeviceDescriptor{
         "virtio-balloon", "gives memory that the guest does not use back to the host", balloon_options,
@@ -158,12 +166,17 @@ constexpr std::array table{
                      make_console},
     DeviceDescriptor{"virtio-fs", "a folder of the host (Linux: mount -t virtiofs TAG DIRECTORY)",
                      file_system_options, make_file_system},
+    DeviceDescriptor{"virtio-keyboard",
+                     "a keyboard, whose keys the control socket presses (lodge ctl send-key)", input_options,
+                     make_input<Input::Kind::keyboard>},
     DeviceDescriptor{"virtio-net", "a network card (Linux: eth0)", network_options, make_network},
     DeviceDescriptor{
         "virtio-rng", "random numbers from the host (Linux: /dev/hwrng)", entropy_options,
         [](const DeviceContext& context, const DeviceOptions& options) -> std::unique_ptr<MountedDevice> {
           return mount(context, options, std::make_unique<Entropy>(context.ram, ring_features(options)));
         }},
+    DeviceDescriptor{"virtio-tablet", "a pointer that the control socket puts anywhere (lodge ctl pointer)",
+                     input_options, make_input<Input::Kind::tablet>},
     DeviceDescriptor{"virtio-vsock", "sockets between guest and host (Linux: AF_VSOCK)", vsock_options,
                      make_vsock},
 };
