@@ -20,14 +20,17 @@ EARLY = "console=ttyS0 earlyprintk=serial,ttyS0,115200 lodge.mode=off"
 FIGURES = ("first byte", "to userland", "to power-off", "processor time")
 
 
-def sides(qemu: str) -> dict[str, list[str]]:
+def sides(qemu: str, balloon: bool) -> dict[str, list[str]]:
     lodge = [str(TOP / "build/lodge"), "run", "--accel", "soft", "--no-reboot", "--memory", "512M",
              "--kernel", str(GUEST / "vmlinuz"), "--initrd", str(GUEST / "initramfs")]  # fmt: skip
     tcg = [qemu, "-accel", "tcg", "-cpu", "max", "-m", "512M", "-nodefaults", "-vga", "none", "-display", "none",
            "-serial", "stdio", "-no-reboot", "-kernel", str(GUEST / "vmlinuz"), "-initrd", str(GUEST / "initramfs")]  # fmt: skip
+    bare = {"Lodge micro, no balloon": [*lodge, "--machine", "micro", "--no-balloon"],
+            "Lodge pc, no balloon": [*lodge, "--no-balloon"]}  # fmt: skip
     return {
         "Lodge micro": [*lodge, "--machine", "micro"],
         "Lodge pc": lodge,
+        **(bare if balloon else {}),
         # As QEMU's documentation has it for the fastest start; TCG has no kvmclock, so the timer chips stay.
         "QEMU microvm": [*tcg, "-M", "microvm,x-option-roms=off,rtc=on,isa-serial=on"],
         "QEMU q35": [*tcg, "-M", "q35"],
@@ -62,9 +65,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/boot/run", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--balloon", action="store_true", help="Lodge's machines also without their balloon")
+    parser.add_argument("--only", metavar="TEXT", help="sides whose name contains this")
     parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PATH")
     options = parser.parse_args()
-    commands = sides(options.qemu)
+    commands = {side: command for side, command in sides(options.qemu, options.balloon).items()
+                if not options.only or options.only in side}  # fmt: skip
+    if not commands:
+        parser.error(f"--only {options.only}: no side has that in its name")
     measured: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
     for number in range(options.rounds):
         for side, command in commands.items():
