@@ -74,8 +74,8 @@ struct Block : DecodedBlock {
   Link links[2];
   uint32_t next_link = 0;  // which one to replace
 
-  // What the code cache has of it, by Boundary::index(), as of a count of what was removed from there
-  // (Translator::seen()).
+  // What the code cache has of it, by Boundary::index(), dead or not, as of a count of the times that memory
+  // of dead ones expired (Translator::seen_).
   std::array<Translation*, 8> code{};
   uint64_t code_seen = 0;
   uint32_t runs = 0;  // by the interpreter

@@ -269,7 +269,8 @@ void CodeCache::retire(Region& region) noexcept {
   if (region.retired_at != 0 || region.bump == region.begin) return;
   for (const auto& translation : region.translations)
     if (!translation->dead) kill(*translation);
-  region.retired_at = std::max<uint64_t>(removals_, 1);
+  region.retired_at = ++removals_;
+  for (Translator* translator : translators_) translator->expiring();
 }
 
 // Makes the region empty when nobody can be in its code; false: not yet.

@@ -68,8 +68,6 @@ class CodeCache {
   // The jump of `exit` goes to `target` from now on, if both are still in use. False: it does not.
   bool link(DirectExit& exit, Translation& target) noexcept;
 
-  // Whose slot it is; null: nobody's that is in use.
-  const DirectExit* slot_owner(uint32_t slot) const noexcept { return slot_exit_[slot]; }
   uint64_t removals() const noexcept { return removals_; }
 
   // For the emitter. slot_count: none is left.
@@ -140,7 +138,7 @@ class CodeCache {
   std::unordered_map<Key, Translation*, KeyHash> translations_;  // not the dead ones
   std::unordered_map<uint64_t, std::vector<Translation*>> by_page_;
   std::unordered_map<Key, Hints, KeyHash> hints_;  // by the first boundary
-  uint64_t removals_ = 0;                          // counts kills
+  uint64_t removals_ = 0;                          // counts kills and retired regions
 
   // Slots: whose it is (null: free), those that may be used again, and those that may be later.
   std::vector<DirectExit*> slot_exit_;

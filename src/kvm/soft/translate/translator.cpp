@@ -5,7 +5,6 @@
 #include <algorithm>
 
 #include "kvm/soft/decode/decoder.hpp"
-#include "kvm/soft/translate/discard.hpp"
 #include "kvm/soft/translate/host_signal.hpp"
 
 namespace lodge::kvm::soft {
@@ -46,7 +45,8 @@ Translator::Translator(Cpu& cpu, TranslatorArea& area, BlockSource& source, cons
       counts_(options.count),
       heat_(options.engine == Engine::lockstep || options.superblock_after == 0
                 ? 0
-                : TranslatorArea::heat_limit / options.superblock_after) {
+                : TranslatorArea::heat_limit / options.superblock_after),
+      mapped_(cpu, area) {
   area_.translator = this;
   features_changed();
   if (counts_) interpreted_.resize(ZYDIS_MNEMONIC_MAX_VALUE + 1);
@@ -72,13 +72,7 @@ bool Translator::set_idle(bool idle) noexcept {
 }
 
 void Translator::give_back() noexcept {
-  user_links_ = {};
-  supervisor_links_ = {};
-  places_ = {};
-  // No slot and no entry of a table leads anywhere any more. Empty ones are zero, so those that share a page
-  // with something else may stay.
-  for (View& view : views_) view = {};
-  discard(area_.jump.data(), area_.slot.data() + area_.slot.size());
+  mapped_.give_back();
 }
 
 // --- translations, and what was removed
@@ -97,7 +91,8 @@ Translation* Translator::translation_of(Block& block, Boundary boundary) noexcep
     block.code_seen = seen;
   }
   Translation*& place = block.code[boundary.index()];
-  if (place != nullptr) return place;
+  if (place != nullptr && !place->dead.load(std::memory_order_relaxed)) return place;
+  place = nullptr;
   if (!may_be_ready(block)) return nullptr;
   const std::lock_guard lock(cache_.mutex());
   place = cache_.find(block, profile_, boundary);
@@ -112,8 +107,8 @@ Translation* Translator::translation_of(Block& block, Boundary boundary) noexcep
   return place;
 }
 
-void Translator::gone(Translation& translation) noexcept {
-  gone_.push_back(&translation);
+void Translator::note_gone(Translation* translation) noexcept {
+  gone_.push_back(translation);
   has_gone_.store(true);
 }
 
@@ -122,152 +117,44 @@ void Translator::forget_gone_if_outside() noexcept {
 }
 
 void Translator::forget_gone() noexcept {
-  bool had_slots = false;
-  for (const Translation* t : gone_) {
-    for (const DirectExit& exit : t->exits) had_slots = had_slots || exit.has_slot;
-    const auto it = places_.find(t);
-    if (it == places_.end()) continue;
-    for (const uint32_t place : it->second) {
-      if ((place & is_jump) != 0) {
-        // It stays among those that are taken: emptying it again does no harm.
-        JumpTable::Entry& entry = jump_entry(place >> view_shift & (TranslatorArea::views - 1), place);
-        if (entry.code == t->begin) entry.linear = JumpTable::nobody(place & (JumpTable::size - 1));
-      } else if (const DirectExit* exit = cache_.slot_owner(place); exit != nullptr) {
-        area_.slot[place] = exit->stub;
-      }
-    }
-    places_.erase(it);
-  }
-  if (had_slots)
-    for (auto* links : {&user_links_, &supervisor_links_})
-      std::erase_if(*links, [&](const SlotLink& l) { return cache_.slot_owner(l.slot) == nullptr; });
+  bool expired = false;
+  for (const Translation* t : gone_)
+    if (t != nullptr)
+      mapped_.forget(*t);
+    else
+      expired = true;
+  if (expired) seen_.fetch_add(1, std::memory_order_relaxed);  // blocks name the dead ones until then
   gone_.clear();
   passed_ = cache_.removals();
-  seen_.fetch_add(1, std::memory_order_relaxed);
   has_gone_.store(false);
 }
 
-// --- links
-
 void Translator::link(DirectExit& exit, Translation& target) noexcept {
+  bool linked = false;
   if (exit.displacement != nullptr) {
     const std::lock_guard lock(cache_.mutex());
-    if (cache_.link(exit, target)) ++statistics_.links;
-    return;
+    linked = cache_.link(exit, target);
+  } else {
+    linked = mapped_.link(exit, target);
   }
-  // An entry's slot answers for its own code only.
-  if (exit.is_entry && exit.owner != &target) return;
-  area_.slot[exit.slot] = exit.is_entry ? target.body : target.begin;
-  (is_user(cpu_) ? user_links_ : supervisor_links_).push_back({.slot = exit.slot, .stub = exit.stub});
-  places_[&target].push_back(exit.slot);
-  ++statistics_.links;
-}
-
-void Translator::reset_slots(std::vector<SlotLink>& links) noexcept {
-  for (const SlotLink& link : links) area_.slot[link.slot] = link.stub;
-  links.clear();
-}
-
-unsigned Translator::view_of(uint32_t decode_key) noexcept {
-  static_assert(TranslatorArea::views == 8);
-  const bool wide = (decode_key & key::mode) == 0;
-  return (decode_key >> key::tlb_shift & 3) | (wide ? 0u : 4u);
-}
-
-JumpTable::Entry& Translator::jump_entry(unsigned view, uint32_t place) noexcept {
-  return area_.jump[view][place >> level_shift & 3].entry[place & (JumpTable::size - 1)];
-}
-
-void Translator::remember_jump(Translation& t, uint64_t linear) noexcept {
-  const unsigned view = view_of(t.block.key);
-  const uint32_t place =
-      uint32_t{t.boundary.level} << level_shift | JumpTable::offset(linear) >> JumpTable::shift;
-  JumpTable::Entry& entry = jump_entry(view, place);
-  if (entry.code == nullptr) views_[view].taken.push_back(place);
-  entry = {.linear = linear, .code = t.begin};
-  const uint32_t known = is_jump | view << view_shift | place;
-  auto& places = places_[&t];
-  if (std::find(places.begin(), places.end(), known) == places.end()) places.push_back(known);
-}
-
-void Translator::empty(unsigned view) noexcept {
-  View& what = views_[view];
-  for (const uint32_t place : what.taken)
-    jump_entry(view, place) = {.linear = JumpTable::nobody(place & (JumpTable::size - 1)), .code = nullptr};
-  what.taken.clear();
-}
-
-void Translator::empty_views(bool user) noexcept {
-  for (unsigned view = 0; view < TranslatorArea::views; ++view)
-    if (((views_[view].key & key::user) != 0) == user) empty(view);
-}
-
-// --- mappings of code
-
-void Translator::forget_user() noexcept {
-  empty_views(true);
-  reset_slots(user_links_);
-  user_pages_.clear();
-  cpu_.user_code_pages.clear();
-  cpu_.user_code_flushed = false;
-}
-
-void Translator::forget_supervisor() noexcept {
-  empty_views(false);
-  reset_slots(supervisor_links_);
-  supervisor_pages_.clear();
-  cpu_.supervisor_code_pages.clear();
-  cpu_.supervisor_code_flushed = false;
-  cpu_.supervisor_code_is_local = false;
-}
-
-void Translator::sync() noexcept {
-  if (cpu_.user_code_flushed) forget_user();
-  if (cpu_.supervisor_code_flushed) forget_supervisor();
-  const unsigned view = view_of(cpu_.decode_key);
-  View& present = views_[view];
-  if (present.key == cpu_.decode_key) return;
-  empty(view);
-  if (present.key == View::none)
-    for (JumpTable& table : area_.jump[view]) table.entry[0].linear = JumpTable::nobody(0);
-  present.key = cpu_.decode_key;
-}
-
-void Translator::register_page(const Block& block, uint64_t linear) noexcept {
-  const bool user = is_user(cpu_);
-  const uint64_t page = linear >> page_shift;
-  const auto [it, added] = (user ? user_pages_ : supervisor_pages_).try_emplace(block.host_page[0], page);
-  const auto enter = [&](uint64_t entered) {
-    (user ? cpu_.user_code_pages : cpu_.supervisor_code_pages).insert(entered);
-    if (!user && !cpu_.in_global_page(entered << page_shift)) cpu_.supervisor_code_is_local = true;
-  };
-  if (added || it->second != page) {
-    if (!added) {
-      // The same code under a second address: what was linked through slots holds for the first one only.
-      forget_user();
-      forget_supervisor();
-      (user ? user_pages_ : supervisor_pages_)[block.host_page[0]] = page;
-    }
-    enter(page);
-  }
-  if (block.host_page[1] != 0) enter(page + 1);
+  if (linked) ++statistics_.links;
 }
 
 // --- running
 
 bool Translator::ready(Block& block) noexcept {
   const Inside inside(*this);
-  sync();
+  mapped_.sync();
   return translation_of(block, {}) != nullptr;
 }
 
 bool Translator::run(Block& block) noexcept {
   if (!may_be_ready(block)) return false;
   const Inside inside(*this);
-  sync();
+  mapped_.sync();
   Translation* t = translation_of(block, {});
   if (t == nullptr) return false;
-  register_page(block, cpu_.rip);
+  mapped_.enter(block, cpu_.rip);
   area_.page = cpu_.rip & ~page_mask;
   ++statistics_.entries;
   const CurrentTranslator current(*this);
@@ -310,20 +197,19 @@ const void* Translator::resume_at_rip(uint8_t level) noexcept {
   if (cpu_.interrupt_shadow && !leave_shadow()) return leave();
   if (cpu_.stops != 0 || cpu_.pending.valid || source_.wants_attention() || event_waits()) return leave();
   if (once_ || cpu_.mode() == Mode::bits16) return leave();
-  sync();
+  mapped_.sync();
   const Boundary boundary{.native_flags = false, .level = level};
   const uint64_t linear = cpu_.rip;
-  const uint32_t place = uint32_t{level} << level_shift | JumpTable::offset(linear) >> JumpTable::shift;
-  if (const auto& entry = jump_entry(view_of(cpu_.decode_key), place); entry.linear == linear) {
+  if (const void* known = mapped_.jump(linear, level); known != nullptr) {
     area_.page = linear & ~page_mask;
-    return resume(static_cast<const uint8_t*>(entry.code), boundary);
+    return resume(static_cast<const uint8_t*>(known), boundary);
   }
   Block* block = source_.block_at(linear);
   if (block == nullptr || source_.wants_attention()) return leave();
   Translation* t = translation_of(*block, boundary);
   if (t == nullptr) return leave();
-  register_page(*block, linear);
-  remember_jump(*t, linear);
+  mapped_.enter(*block, linear);
+  mapped_.remember_jump(*t, linear);
   area_.page = linear & ~page_mask;
   return resume(t->begin, boundary);
 }
@@ -333,7 +219,7 @@ bool Translator::leave_shadow() noexcept {
   constexpr uint64_t shadow_only = 1;  // it comes first in `stops`
   if (cpu_.stops != shadow_only || once_ || cpu_.pending.valid || source_.wants_attention() || event_waits())
     return false;
-  sync();
+  mapped_.sync();
   Block* block = source_.block_at(cpu_.rip);
   if (block == nullptr || source_.wants_attention()) return false;
   cpu_.gpr[gpr_rip] = cpu_.rip;
@@ -469,12 +355,12 @@ const void* Translator::on_exit(DirectExit& exit) noexcept {
   cpu_.rip = area_.page + (static_cast<uint32_t>(exit.offset) & page_mask);
   if (once_ && !exit.is_entry) return leave();
   if (source_.wants_attention()) return leave();
-  sync();
+  mapped_.sync();
   Block* block = source_.block_at(cpu_.rip);
   if (block == nullptr || source_.wants_attention()) return leave();
   Translation* t = translation_of(*block, exit.boundary);
   if (t == nullptr) return leave();
-  register_page(*block, cpu_.rip);
+  mapped_.enter(*block, cpu_.rip);
   link(exit, *t);
   // Behind the check of its entry, which has just been made.
   return resume(exit.owner == t ? t->body : t->begin, exit.boundary);

@@ -1,6 +1,6 @@
 // The translator tier of one vCPU: blocks that ran often become host code, which is chained and runs until
 // something asks for attention. The code is the VM's (CodeCache); what this vCPU has linked by its own
-// mappings - slots, the table of indirect branches - is kept here. Only the vCPU's thread calls it, but for
+// mappings - slots, the tables of indirect branches - is its own (MappedCode). Only the vCPU's thread calls it, but for
 // the members that say otherwise.
 #pragma once
 
@@ -8,13 +8,13 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <unordered_map>
 #include <vector>
 
 #include "kvm/soft/options.hpp"
 #include "kvm/soft/translate/area.hpp"
 #include "kvm/soft/translate/code_cache.hpp"
 #include "kvm/soft/translate/instruction.hpp"
+#include "kvm/soft/translate/mapped_code.hpp"
 #include "kvm/soft/translate/translation.hpp"
 
 namespace lodge::kvm::soft {
@@ -100,8 +100,10 @@ class Translator {
   }
 
   // --- for the code cache, any thread, under its lock
-  // This vCPU has to forget `translation` before its memory is used again.
-  void gone(Translation& translation) noexcept;
+  // Nothing may lead to `translation` any more; this vCPU sees to it before it runs translated code again.
+  void gone(Translation& translation) noexcept { note_gone(&translation); }
+  // The memory of some that are gone will be used again, once this vCPU has passed this removal.
+  void expiring() noexcept { note_gone(nullptr); }
   // Does so now, if the vCPU is not running translated code.
   void forget_gone_if_outside() noexcept;
   // Whether it has forgotten all up to this removal.
@@ -132,30 +134,9 @@ class Translator {
   Translation* translation_of(Block& block, Boundary boundary) noexcept;
   // Whether translation_of() may find or make one.
   bool may_be_ready(const Block& block) const noexcept;
+  void note_gone(Translation* translation) noexcept;
   void forget_gone() noexcept;
-  // What flushes have left valid; the present mode has its jump tables.
-  void sync() noexcept;
-  void forget_user() noexcept;
-  void forget_supervisor() noexcept;
-  struct SlotLink {
-    uint32_t slot;
-    const uint8_t* stub;
-  };
-  void reset_slots(std::vector<SlotLink>& links) noexcept;
-  void register_page(const Block& block, uint64_t linear) noexcept;
   void link(DirectExit& exit, Translation& target) noexcept;
-  void remember_jump(Translation& translation, uint64_t linear) noexcept;
-  // What a view's jump tables are filled with.
-  struct View {
-    uint32_t key = none;          // the decode key that they are for
-    std::vector<uint32_t> taken;  // entries with code: level and index
-    static constexpr uint32_t none = ~0u;
-  };
-  // Which view the code of a decode key uses.
-  static unsigned view_of(uint32_t key) noexcept;
-  JumpTable::Entry& jump_entry(unsigned view, uint32_t place) noexcept;
-  void empty(unsigned view) noexcept;
-  void empty_views(bool user) noexcept;
   static uint32_t heat_index(const DecodedBlock& block) noexcept;
 
   bool event_waits() noexcept { return !once_ && source_.event_waits(); }
@@ -186,20 +167,13 @@ class Translator {
   bool once_ = false;
   uint32_t profile_ = CodeCache::no_profile;
 
-  // What has been removed from the cache and is still known here. A translation's places: slots, and entries
-  // of the area's jump tables (is_jump, view, level, index).
+  MappedCode mapped_;
+  // What has been removed from the cache and is still known here.
   std::atomic<bool> inside_{false}, has_gone_{false};
-  std::vector<Translation*> gone_;  // guarded by the cache's lock
+  std::vector<Translation*> gone_;  // guarded by the cache's lock; null: expiring()
   uint64_t passed_ = 0;             // likewise: up to this removal everything is forgotten
   bool idle_ = false;               // likewise
-  std::atomic<uint64_t> seen_{1};   // counts the times that something was forgotten; see Block::code_seen
-  static constexpr uint32_t is_jump = 1u << 31;
-  static constexpr unsigned level_shift = 24, view_shift = 26;
-  std::unordered_map<const Translation*, std::vector<uint32_t>> places_;
-
-  std::vector<SlotLink> user_links_, supervisor_links_;  // slots that are or were linked
-  // Linear page under which the code of a host page is being run.
-  std::unordered_map<uint64_t, uint64_t> user_pages_, supervisor_pages_;
+  std::atomic<uint64_t> seen_{1};   // counts the times that memory expired; see Block::code_seen
   // The path from a hot loop's head, while it is being recorded.
   struct Record {
     DecodedBlock head;
@@ -210,7 +184,6 @@ class Translator {
   std::optional<Record> record_;
   void finish_record() noexcept;
   Translation* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
-  std::array<View, TranslatorArea::views> views_;
   std::vector<Instruction> analysed_;  // of the block being translated
   TranslatorStatistics statistics_;
   std::vector<uint64_t> interpreted_;

@@ -201,7 +201,7 @@ void UnitEmitter::exit_indirect(unsigned n, int32_t rsp_change) noexcept {
   site.rsp_before = 0;
   site.rsp_after = rsp_change;
   site.before = {.native_flags = false, .level = flow_.level};
-  const unsigned view = Translator::view_of(block_.key);
+  const unsigned view = MappedCode::view_of(block_.key);
   const int64_t table = o_.jump + int64_t{sizeof(JumpTable)} * (view * TranslatorArea::levels + flow_.level);
   uint8_t* const requested = e_.jump_if_set(o_.request);
   // imul r11d, r10d, multiplier; and r11d, mask; cmp [table + r11], r10
