@@ -3,12 +3,15 @@
 #include <arpa/inet.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 
 #include <cstring>
 #include <fstream>
 #include <random>
+#include <tuple>
 
 #include "base/error.hpp"
 #include "base/fd.hpp"
@@ -189,6 +192,61 @@ TEST_F(StreamTest, WrongAddressesAreRefused) {
   ::unlink(path.c_str());
   const auto one = open_stream({.listen = path});
   EXPECT_THROW(open_stream({.listen = path}), UsageError);
+}
+
+// QEMU's own user-mode network at the other end of the cable, with both of its back ends: who has 10.0.2.2?
+// No machine runs, so it takes a moment only.
+class QemuPeer : public StreamTest, public ::testing::WithParamInterface<std::tuple<bool, bool>> {
+ protected:
+  ~QemuPeer() override {
+    if (process_ <= 0) return;
+    ::kill(process_, SIGKILL);
+    ::waitpid(process_, nullptr, 0);
+  }
+  void start(const std::string& netdev) {
+    process_ = ::fork();
+    if (process_ != 0) return;
+    ::execl("/usr/bin/qemu-system-x86_64", "qemu-system-x86_64", "-M", "none", "-nodefaults", "-display",
+            "none", "-netdev", "user,id=user", "-netdev", "hubport,id=port1,hubid=0,netdev=user", "-netdev",
+            (netdev + ",id=cable").c_str(), "-netdev", "hubport,id=port2,hubid=0,netdev=cable",
+            static_cast<char*>(nullptr));
+    ::_exit(127);
+  }
+  pid_t process_ = 0;
+};
+INSTANTIATE_TEST_SUITE_P(Sides, QemuPeer, ::testing::Combine(::testing::Bool(), ::testing::Bool()));
+
+TEST_P(QemuPeer, AnswersOverTheCable) {
+  if (::access("/usr/bin/qemu-system-x86_64", X_OK) != 0) GTEST_SKIP() << "no QEMU here";
+  const auto [listens, old] = GetParam();
+  // `-netdev socket` knows no Unix sockets.
+  const std::string address = !old ? path : listens ? "127.0.0.1:28763" : "127.0.0.1:28764";
+  const std::string theirs = old ? address : "addr.type=unix,addr.path=" + path;
+  StreamConfig config{.reconnect_ms = 10};
+  (listens ? config.listen : config.connect) = address;
+  Listener card;
+  const auto stream = open_stream(config);
+  stream->connect(card, loop);
+  if (old)
+    start(std::string("socket,") + (listens ? "connect=" : "listen=") + theirs);
+  else
+    start(std::string("stream,server=") + (listens ? "off," : "on,") + theirs);
+  ASSERT_TRUE(Listener::eventually([&] { return card.link.load(); }, 60'000));
+  Bytes request(60);
+  const uint8_t bytes[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x52, 0x54, 0,    1,    2,  3, 8, 6,
+                           0,    1,    8,    0,    6,    4,    0,    1,    0x52, 0x54, 0,  1, 2, 3,
+                           10,   0,    2,    15,   0,    0,    0,    0,    0,    0,    10, 0, 2, 2};
+  std::copy(std::begin(bytes), std::end(bytes), request.begin());
+  // The other side of its hub may not be there yet.
+  const auto answer = [](const Bytes& frame) {
+    return frame.size() >= 42 && frame[12] == 8 && frame[13] == 6 && frame[21] == 2;
+  };
+  for (unsigned i = 0; i < 60 && !card.saw(answer, 1); i++) {
+    EXPECT_TRUE(send(*stream, request));
+    card.saw(answer, 1000);
+  }
+  EXPECT_TRUE(card.saw(answer, 1));
+  stream->disconnect();
 }
 
 }  // namespace
