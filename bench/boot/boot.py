@@ -8,6 +8,7 @@ import json
 import pathlib
 import statistics
 import sys
+import time
 
 from compare.guest import BOOT_LIMIT, Console, MachineFailed
 from compare.report import align
@@ -64,6 +65,7 @@ def table(measured: dict[str, list[dict[str, float]]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench/boot/run", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round after this time")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     parser.add_argument("--balloon", action="store_true", help="Lodge's machines also without their balloon")
     parser.add_argument("--only", metavar="TEXT", help="sides whose name contains this")
@@ -74,14 +76,18 @@ def main() -> int:
     if not commands:
         parser.error(f"--only {options.only}: no side has that in its name")
     measured: dict[str, list[dict[str, float]]] = {side: [] for side in commands}
+    end = time.monotonic() + options.seconds
     for number in range(options.rounds):
+        if number and time.monotonic() > end:
+            break
         for side, command in commands.items():
             try:
                 measured[side].append(boot(command))
             except MachineFailed as failure:
                 print(f"{side}: {failure}", file=sys.stderr)
                 return 1
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+        last = ", ".join(f"{side} {rounds[-1]['to userland']:.2f} s" for side, rounds in measured.items())
+        print(f"round {number + 1} of {options.rounds}, to userland: {last}", file=sys.stderr)
     print(table(measured))
     if options.json:
         options.json.write_text(json.dumps(measured, indent=1) + "\n")

@@ -4,6 +4,7 @@
 
 #include <csignal>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "system/guest.hpp"
 
@@ -57,6 +58,31 @@ TEST_F(Micro, EveryDeviceWorksAndPowersOff) {
   EXPECT_EQ(text, "through");
   std::filesystem::remove(disk);
   std::filesystem::remove(port);
+}
+
+// Every machine has a balloon: behind MMIO it is steered and gives memory back, too.
+TEST_F(Micro, TheBalloonTakesMemoryFromTheGuest) {
+  NEEDS_GUEST("cloud");
+  const std::string path = testing::TempDir() + "lodge-micro-balloon-" + std::to_string(::getpid());
+  Process process(micro("console=ttyS0 quiet lodge.mode=shell", {"--control", path}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
+      << process.out() << process.err();
+  const auto balloon = [&](std::vector<std::string> more) {
+    more.insert(more.begin(), {LODGE_BINARY, "ctl", path, "balloon"});
+    const auto result = testing_support::run(more, answer_patience);
+    EXPECT_EQ(result.status, 0) << result.err;
+    return nlohmann::json::parse(result.out, nullptr, false);
+  };
+  balloon({"200M"});
+  nlohmann::json told;
+  for (int i = 0; i < 600; i++, ::usleep(100'000)) {
+    told = balloon({"--json"})["balloon"];
+    if (told["actual"] == 200 << 20 && told["released"] >= 200 << 20) break;
+  }
+  EXPECT_EQ(told["actual"], 200 << 20) << told;
+  EXPECT_GE(told["released"], 200 << 20) << told;
+  process.send("poweroff -f\n");
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
 }
 
 // The guest has no driver for the button, but its event device takes the event; then it resets.
