@@ -1,7 +1,7 @@
 // The translator tier of one vCPU: blocks that ran often become host code, which is chained and runs until
 // something asks for attention. The code is the VM's (CodeCache); what this vCPU has linked by its own
-// mappings - slots, the tables of indirect branches - is its own (MappedCode). Only the vCPU's thread calls it, but for
-// the members that say otherwise.
+// mappings - slots, the tables of indirect branches - is its own (MappedCode). Only the vCPU's thread calls
+// it, but for the members that say otherwise.
 #pragma once
 
 #include <atomic>
@@ -184,7 +184,7 @@ class Translator {
   std::optional<Record> record_;
   void finish_record() noexcept;
   Translation* retranslate_ = nullptr;  // its runs of accesses cross pages: make it anew without them
-  std::vector<Instruction> analysed_;  // of the block being translated
+  std::vector<Instruction> analysed_;   // of the block being translated
   TranslatorStatistics statistics_;
   std::vector<uint64_t> interpreted_;
 };
