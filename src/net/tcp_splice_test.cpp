@@ -141,6 +141,16 @@ class Guest final : public Card {
     const std::lock_guard lock(mutex_);
     transmit(stream, TCP_ACK, {});
   }
+  void set_window(Stream& stream, uint16_t window) {
+    const std::lock_guard lock(mutex_);
+    stream.window = window;
+    transmit(stream, TCP_ACK, {});
+  }
+  // What comes next, from the guest and to it.
+  std::pair<uint32_t, uint32_t> numbers(const Stream& stream) {
+    const std::lock_guard lock(mutex_);
+    return {stream.next, stream.expected};
+  }
   void raw(const Stream& stream, uint8_t flags, uint32_t sequence, uint32_t acknowledged,
            const Bytes& payload) {
     const std::lock_guard lock(mutex_);
@@ -378,11 +388,11 @@ TEST(TcpSplice, ResetsGoThroughInBothDirections) {
   Stream& stream = guest.connect(server.port());
   const Fd socket = server.accept();
   ASSERT_TRUE(guest.eventually([&] { return stream.open; }));
-  guest.raw(stream, TCP_RST, stream.next + 100, 0, {});  // not there: only asked about
+  guest.raw(stream, TCP_RST, guest.numbers(stream).first + 100, 0, {});  // not there: only asked about
   guest.write(stream, frame_of(100));
   char bytes[100];
   EXPECT_EQ(::recv(socket.get(), bytes, sizeof bytes, MSG_WAITALL), 100);
-  guest.raw(stream, TCP_RST, stream.next, 0, {});
+  guest.raw(stream, TCP_RST, guest.numbers(stream).first, 0, {});
   EXPECT_EQ(::recv(socket.get(), bytes, sizeof bytes, 0), -1);
   EXPECT_EQ(errno, ECONNRESET);
 }
@@ -413,15 +423,13 @@ TEST(TcpSplice, AClosedWindowIsWaitedFor) {
   Stream& stream = guest.connect(server.port());
   const Fd socket = server.accept();
   ASSERT_TRUE(guest.eventually([&] { return stream.open; }));
-  stream.window = 0;
-  guest.acknowledge(stream);
+  guest.set_window(stream, 0);
   ::usleep(20'000);
   const Bytes bytes = frame_of(500'000);
   std::thread sender([&] { write_all(socket, bytes); });
   ::usleep(50'000);
   EXPECT_TRUE(guest.eventually([&] { return stream.in.empty(); }));
-  stream.window = 65535;
-  guest.acknowledge(stream);
+  guest.set_window(stream, 65535);
   EXPECT_TRUE(guest.eventually([&] { return stream.in == bytes; }));
   sender.join();
 }
@@ -433,7 +441,8 @@ TEST(TcpSplice, SegmentsThatRepeatOrOverlap) {
   Stream& stream = guest.connect(server.port());
   const Fd socket = server.accept();
   ASSERT_TRUE(guest.eventually([&] { return stream.open; }));
-  const uint32_t start = stream.next, ack = stream.expected;
+  const auto numbers = guest.numbers(stream);
+  const uint32_t start = numbers.first, ack = numbers.second;
   const Bytes all = frame_of(3000);
   const auto part = [&](ptrdiff_t from, ptrdiff_t to) { return Bytes(all.begin() + from, all.begin() + to); };
   guest.raw(stream, TCP_ACK, start + 1000, ack, part(1000, 2000));  // too early: lost
@@ -458,9 +467,10 @@ TEST(TcpSplice, OddSegmentsDoNotHurt) {
   }
   for (unsigned i = 0; i < 20'000; i++) {
     const Stream& stream = *streams[random() % streams.size()];
+    const auto numbers = guest.numbers(stream);
     const auto near = [&](uint32_t value) { return random() % 8 ? value + random() % 3 - 1 : random(); };
-    guest.raw(stream, static_cast<uint8_t>(random() % 4 ? TCP_ACK : random()), near(stream.next),
-              near(stream.expected), Bytes(random() % 4 ? 0 : random() % 2000));
+    guest.raw(stream, static_cast<uint8_t>(random() % 4 ? TCP_ACK : random()), near(numbers.first),
+              near(numbers.second), Bytes(random() % 4 ? 0 : random() % 2000));
     if (i % 16 == 0) ::send(sockets[random() % 8].get(), "lodge", 5, MSG_NOSIGNAL | MSG_DONTWAIT);
   }
   const Server other;  // nobody else has found the way to it
