@@ -10,6 +10,7 @@ int doctor(const DoctorCommand& command);
 int image(const ImageCommand& command);
 int build_image(const ImageCommand& command);
 int ctl(const CtlCommand& command);
+int kvm(const KvmCommand& command);
 int list(const ListCommand& command);
 
 }  // namespace lodge::cli

@@ -17,6 +17,7 @@ int dispatch(const cli::Command& command) {
   if (const auto* doctor = std::get_if<cli::DoctorCommand>(&command)) return cli::doctor(*doctor);
   if (const auto* image = std::get_if<cli::ImageCommand>(&command)) return cli::image(*image);
   if (const auto* ctl = std::get_if<cli::CtlCommand>(&command)) return cli::ctl(*ctl);
+  if (const auto* kvm = std::get_if<cli::KvmCommand>(&command)) return cli::kvm(*kvm);
   if (const auto* list = std::get_if<cli::ListCommand>(&command)) return cli::list(*list);
   if (const auto* completion = std::get_if<cli::CompletionCommand>(&command)) {
     std::fputs(cli::completion_script(completion->shell).c_str(), stdout);

@@ -32,6 +32,7 @@ Examples:
   lodge image build --output debian.qcow2
   lodge image create disk.qcow2 20G
   lodge run --kernel vmlinuz --name web --serial null &   lodge ctl web status
+  lodge kvm -- qemu-system-x86_64 -accel kvm -m 1G disk.img
   lodge doctor
   source <(lodge completion bash)
 )";
@@ -83,6 +84,20 @@ void describe_control(CLI::App& app, RawOptions& raw) {
 
   auto* list = app.add_subcommand("list", "List the machines that run with a name");
   list->add_flag("--json", raw.list.json, "print them as one line of JSON");
+}
+
+void describe_kvm(CLI::App& app, KvmCommand& raw) {
+  auto* kvm = app.add_subcommand("kvm", "Run a program that needs /dev/kvm on the soft accelerator");
+  kvm->add_option("program", raw.program, "the program and its arguments, behind --")->required();
+  kvm->add_flag("--check", raw.check, "only say whether it can work");
+  kvm->add_option("--engine", raw.engine, "translate, interpret or lockstep (both, one CPU)")
+      ->type_name("NAME")
+      ->capture_default_str();
+  kvm->add_option("--code-cache", raw.code_cache_text, "host code that the CPUs may hold, at most")
+      ->type_name("SIZE")
+      ->capture_default_str();
+  kvm->add_flag("--trace", raw.trace, "name on stderr what the accelerator refuses");
+  kvm->footer("\nExample:\n  lodge kvm -- qemu-system-x86_64 -accel kvm -m 1G -nographic disk.img\n");
 }
 
 }  // namespace
@@ -192,6 +207,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
 
   describe_image(*app, raw.image);
   describe_control(*app, raw);
+  describe_kvm(*app, raw.kvm);
 
   auto* completion = app->add_subcommand("completion", "Print a shell's completion script");
   completion->add_option("shell", raw.shell, "bash, zsh or fish")->required();
@@ -204,6 +220,7 @@ Values values_of(const std::string& option) {
     return {{}, true};
   if (option == "--hugepages") return {{"2M", "1G"}, false};
   if (option == "--transparent-hugepages") return {{"auto", "on", "off"}, false};
+  if (option == "program") return {{}, true};
   if (option == "command") return {ctl_command_names(), false};
   if (option == "--control") return {{}, true};
   if (option == "--accel") return {{"auto", "kvm", "soft"}, false};
@@ -329,6 +346,12 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   return command;
 }
 
+KvmCommand understand_kvm(KvmCommand command) {
+  vm::parse_engine("--engine", command.engine);
+  command.code_cache = vm::parse_code_cache("--code-cache", command.code_cache_text);
+  return command;
+}
+
 // The subcommand that was named, or else the program: whose help is meant.
 const CLI::App* innermost(const CLI::App& app) {
   const auto chosen = app.get_subcommands();
@@ -384,6 +407,7 @@ Command parse_command_line(std::span<const char* const> arguments) {
     return run;
   }
   if (app->got_subcommand("ctl")) return raw.ctl;
+  if (app->got_subcommand("kvm")) return understand_kvm(raw.kvm);
   if (app->got_subcommand("list")) return raw.list;
   if (app->got_subcommand("image")) return understand_image(innermost(*app)->get_name(), raw.image);
   if (app->got_subcommand("doctor")) return DoctorCommand{raw.doctor_json};

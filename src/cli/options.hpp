@@ -24,6 +24,13 @@ struct RunCommand {
 struct DoctorCommand {
   bool json = false;
 };
+// lodge kvm: a program that is to see the soft accelerator as /dev/kvm.
+struct KvmCommand {
+  std::vector<std::string> program;  // with its arguments
+  std::string engine = "translate", code_cache_text = "64M";
+  uint64_t code_cache = 0;
+  bool check = false, trace = false;
+};
 struct CompletionCommand {
   std::string shell;
 };
@@ -31,7 +38,7 @@ struct CompletionCommand {
 struct PrintCommand {
   std::string text;
 };
-using Command = std::variant<RunCommand, DoctorCommand, ImageCommand, CtlCommand, ListCommand,
+using Command = std::variant<RunCommand, DoctorCommand, ImageCommand, CtlCommand, ListCommand, KvmCommand,
                              CompletionCommand, PrintCommand>;
 
 // Throws UsageError with one line that names the option and the remedy.
@@ -57,6 +64,7 @@ struct RawOptions {
   bool no_balloon = false, ksm = false, preallocate = false, memory_lock = false;
   CtlCommand ctl;
   ListCommand list;
+  KvmCommand kvm;
   RawImageOptions image;
 };
 std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw);

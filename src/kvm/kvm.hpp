@@ -12,6 +12,7 @@
 
 #include <linux/kvm.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -79,6 +80,9 @@ class Vcpu {
   // The shared structure: immediate_exit, request_interrupt_window, cr8, apic_base, if_flag... (api.rst
   // section 5).
   virtual kvm_run& shared() noexcept = 0;
+  // A descriptor of the Vcpu's whose shared mapping from offset 0, System::shared_size() bytes, is that
+  // structure once more.
+  virtual int shared_fd() const noexcept = 0;
 
   virtual kvm_regs regs() = 0;
   virtual void set_regs(const kvm_regs& regs) = 0;
@@ -109,12 +113,16 @@ class Vcpu {
   virtual void set_tsc_khz(uint32_t khz) = 0;
   virtual void set_guest_debug(const kvm_guest_debug& debug) = 0;
   virtual void set_tpr_access_reporting(bool on) = 0;  // KVM_TPR_ACCESS_REPORTING
+  virtual void set_vapic_addr(uint64_t gpa) = 0;       // KVM_SET_VAPIC_ADDR; 0: none
   // KVM_INTERRUPT: injects an external interrupt (no in-accelerator LAPIC). 0 or a negative errno.
   virtual int interrupt(uint32_t vector) noexcept = 0;
   virtual int nmi() noexcept = 0;
   // KVM_TRANSLATE: guest-virtual to guest-physical with the present paging.
   virtual kvm_translation translate(uint64_t linear) = 0;
   virtual void enable_cap(const kvm_enable_cap& cap) = 0;
+  // Machine-check banks (KVM_X86_SETUP_MCE), and an error in one of them (KVM_X86_SET_MCE).
+  virtual void setup_mce(uint64_t capabilities) = 0;
+  virtual void set_mce(const kvm_x86_mce& event) = 0;
   // What was counted on this vCPU since its creation; nothing by an accelerator that does not count.
   virtual std::vector<Statistic> statistics() { return {}; }
 };
@@ -164,6 +172,10 @@ class Vm {
   virtual void set_gsi_routing(std::span<const kvm_irq_routing_entry> entries) = 0;
   virtual void irqfd(const kvm_irqfd& irqfd) = 0;
   virtual void ioeventfd(const kvm_ioeventfd& ioeventfd) = 0;
+  // Whether ticks of the 8254 that the guest has missed are made up for (KVM_REINJECT_CONTROL).
+  virtual void reinject_control(const kvm_reinject_control& control) = 0;
+  // The vCPU that starts by itself; 0 unless said so before the first is created.
+  virtual void set_boot_cpu_id(uint32_t id) = 0;
 
   virtual kvm_clock_data clock() = 0;
   virtual void set_clock(const kvm_clock_data& clock) = 0;
@@ -181,6 +193,10 @@ class System {
   virtual std::vector<uint32_t> msr_feature_index_list() const = 0;
   // Reads feature MSRs; returns how many succeeded.
   virtual unsigned feature_msrs(std::span<kvm_msr_entry> entries) const = 0;
+  // The bits that setup_mce() takes beside the number of banks; 0 without KVM_CAP_MCE.
+  virtual uint64_t mce_capabilities() const noexcept = 0;
+  // Bytes of a vCPU's shared structure (KVM_GET_VCPU_MMAP_SIZE): kvm_run and what its offsets lead to.
+  virtual size_t shared_size() const noexcept = 0;
   virtual std::unique_ptr<Vm> create_vm() = 0;
 };
 

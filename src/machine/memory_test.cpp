@@ -51,6 +51,8 @@ class SlotVm : public kvm::Vm {
   void set_gsi_routing(std::span<const kvm_irq_routing_entry>) override {}
   void irqfd(const kvm_irqfd&) override {}
   void ioeventfd(const kvm_ioeventfd&) override {}
+  void reinject_control(const kvm_reinject_control&) override {}
+  void set_boot_cpu_id(uint32_t) override {}
   kvm_clock_data clock() override { return {}; }
   void set_clock(const kvm_clock_data&) override {}
 };

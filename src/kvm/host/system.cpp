@@ -7,8 +7,8 @@
 #include "base/fd.hpp"
 #include "kvm/host/host.hpp"
 #include "kvm/host/ioctl.hpp"
-#include "kvm/host/list.hpp"
 #include "kvm/host/vm.hpp"
+#include "kvm/list.hpp"
 
 namespace lodge::kvm::host {
 namespace {
@@ -32,7 +32,9 @@ std::vector<uint32_t> msr_indices(int fd, unsigned long number, std::string_view
 
 class HostSystem final : public kvm::System {
  public:
-  explicit HostSystem(Fd fd) noexcept : fd_(std::move(fd)) {}
+  explicit HostSystem(Fd fd)
+      : fd_(std::move(fd)),
+        shared_size_(static_cast<size_t>(LODGE_IOCTL(fd_.get(), KVM_GET_VCPU_MMAP_SIZE, 0ul))) {}
 
   std::string_view name() const noexcept override { return "kvm"; }
 
@@ -79,13 +81,20 @@ class HostSystem final : public kvm::System {
           "/dev/kvm: another hypervisor (VirtualBox, VMware...) holds the processor's virtualization; "
           "end it, or use --accel soft");
     if (result < 0) throw_errno(-result, "/dev/kvm: KVM_CREATE_VM failed");
-    Fd vm(result);
-    const int mmap_size = LODGE_IOCTL(fd_.get(), KVM_GET_VCPU_MMAP_SIZE, 0ul);
-    return make_vm(std::move(vm), static_cast<size_t>(mmap_size));
+    return make_vm(Fd(result), shared_size_);
   }
+
+  uint64_t mce_capabilities() const noexcept override {
+    uint64_t capabilities = 0;
+    if (check_extension(KVM_CAP_MCE) > 0) try_ioctl(fd_.get(), KVM_X86_GET_MCE_CAP_SUPPORTED, &capabilities);
+    return capabilities;
+  }
+
+  size_t shared_size() const noexcept override { return shared_size_; }
 
  private:
   Fd fd_;
+  size_t shared_size_;
 };
 
 }  // namespace

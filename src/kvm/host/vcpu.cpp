@@ -11,8 +11,8 @@
 
 #include "base/mapping.hpp"
 #include "kvm/host/ioctl.hpp"
-#include "kvm/host/list.hpp"
 #include "kvm/host/vm.hpp"
+#include "kvm/list.hpp"
 
 namespace lodge::kvm::host {
 namespace {
@@ -56,6 +56,7 @@ class HostVcpu final : public kvm::Vcpu {
   Exit run() noexcept override;
   void kick() noexcept override;
   kvm_run& shared() noexcept override { return *run_; }
+  int shared_fd() const noexcept override { return fd_.get(); }
 
   kvm_regs regs() override { return get<kvm_regs>(KVM_GET_REGS, "KVM_GET_REGS"); }
   void set_regs(const kvm_regs& regs) override { LODGE_IOCTL(fd_.get(), KVM_SET_REGS, &regs); }
@@ -103,6 +104,10 @@ class HostVcpu final : public kvm::Vcpu {
     control.enabled = on ? 1 : 0;
     LODGE_IOCTL(fd_.get(), KVM_TPR_ACCESS_REPORTING, &control);
   }
+  void set_vapic_addr(uint64_t gpa) override {
+    const kvm_vapic_addr address{gpa};
+    LODGE_IOCTL(fd_.get(), KVM_SET_VAPIC_ADDR, &address);
+  }
   int interrupt(uint32_t vector) noexcept override {
     const kvm_interrupt interrupt{vector};
     return try_ioctl(fd_.get(), KVM_INTERRUPT, &interrupt);
@@ -114,6 +119,8 @@ class HostVcpu final : public kvm::Vcpu {
     LODGE_IOCTL(fd_.get(), KVM_TRANSLATE, &translation);
     return translation;
   }
+  void setup_mce(uint64_t capabilities) override { LODGE_IOCTL(fd_.get(), KVM_X86_SETUP_MCE, &capabilities); }
+  void set_mce(const kvm_x86_mce& event) override { LODGE_IOCTL(fd_.get(), KVM_X86_SET_MCE, &event); }
   void enable_cap(const kvm_enable_cap& cap) override { LODGE_IOCTL(fd_.get(), KVM_ENABLE_CAP, &cap); }
 
  private:

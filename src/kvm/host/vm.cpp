@@ -5,7 +5,7 @@
 #include <mutex>
 
 #include "kvm/host/ioctl.hpp"
-#include "kvm/host/list.hpp"
+#include "kvm/list.hpp"
 
 namespace lodge::kvm::host {
 namespace {
@@ -130,6 +130,16 @@ class HostVm final : public kvm::Vm {
   void ioeventfd(const kvm_ioeventfd& ioeventfd) override {
     LODGE_REQUIRE(fd_.get(), KVM_CAP_IOEVENTFD);
     LODGE_IOCTL(fd_.get(), KVM_IOEVENTFD, &ioeventfd);
+  }
+
+  void reinject_control(const kvm_reinject_control& control) override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_REINJECT_CONTROL);
+    LODGE_IOCTL(fd_.get(), KVM_REINJECT_CONTROL, &control);
+  }
+
+  void set_boot_cpu_id(uint32_t id) override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_SET_BOOT_CPU_ID);
+    LODGE_IOCTL(fd_.get(), KVM_SET_BOOT_CPU_ID, static_cast<unsigned long>(id));
   }
 
   kvm_clock_data clock() override {

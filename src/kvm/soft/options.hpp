@@ -21,7 +21,10 @@ struct Options {
   size_t code_cache = size_t{64} << 20;  // bytes of host code of all vCPUs, at most; at least 1 MiB
   unsigned idle_ms = 10'000;  // a vCPU idle for so long gives memory for decoded and translated code back
   bool perf_map = false;      // names translated code for perf in /tmp/perf-PID.map
-  bool count = false;         // guest instructions and look-ups of translated code: costs some of its speed
+  // Write-protects pages of code in the VMM's own mapping of guest memory, so that a VMM which does not call
+  // Vm::note_write (a client of /dev/kvm) is noticed all the same. Needs a SIGSEGV handler of the process.
+  bool guard_code = false;
+  bool count = false;  // guest instructions and look-ups of translated code: costs some of its speed
 };
 
 }  // namespace lodge::kvm::soft

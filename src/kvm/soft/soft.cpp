@@ -88,6 +88,8 @@ class SoftSystem final : public System {
     }
     return done;
   }
+  uint64_t mce_capabilities() const noexcept override { return MachineCheck::supported; }
+  size_t shared_size() const noexcept override { return SoftVcpu::shared_size; }
   std::unique_ptr<Vm> create_vm() override { return std::make_unique<SoftVm>(tsc_khz_, options_); }
 
  private:
@@ -112,7 +114,6 @@ int soft_extension(uint32_t capability) noexcept {
     case KVM_CAP_USER_NMI:
     case KVM_CAP_SET_GUEST_DEBUG:
     case KVM_CAP_REINJECT_CONTROL:
-    case KVM_CAP_IRQ_ROUTING:
     case KVM_CAP_IRQ_INJECT_STATUS:
     case KVM_CAP_JOIN_MEMORY_REGIONS_WORKS:
     case KVM_CAP_IRQFD:
@@ -122,7 +123,6 @@ int soft_extension(uint32_t capability) noexcept {
     case KVM_CAP_IOEVENTFD:
     case KVM_CAP_IOEVENTFD_ANY_LENGTH:
     case KVM_CAP_SET_IDENTITY_MAP_ADDR:
-    case KVM_CAP_ADJUST_CLOCK:
     case KVM_CAP_VCPU_EVENTS:
     case KVM_CAP_DEBUGREGS:
     case KVM_CAP_XSAVE:
@@ -135,7 +135,17 @@ int soft_extension(uint32_t capability) noexcept {
     case KVM_CAP_SPLIT_IRQCHIP:
     case KVM_CAP_IMMEDIATE_EXIT:
     case KVM_CAP_SREGS2:
+    case KVM_CAP_INTR_SHADOW:
+    case KVM_CAP_GET_MSR_FEATURES:
+    case KVM_CAP_ENABLE_CAP_VM:
+    case KVM_CAP_CHECK_EXTENSION_VM:
+    case KVM_CAP_IOEVENTFD_NO_LENGTH:
+    case KVM_CAP_SET_BOOT_CPU_ID:
     case KVM_CAP_ENFORCE_PV_FEATURE_CPUID: return 1;
+    case KVM_CAP_IRQ_ROUTING: return GsiRouting::max_gsis;
+    case KVM_CAP_ADJUST_CLOCK: return KVM_CLOCK_TSC_STABLE;
+    case KVM_CAP_SYNC_REGS: return KVM_SYNC_X86_VALID_FIELDS;
+    case KVM_CAP_MCE: return MachineCheck::max_banks;
     case KVM_CAP_X2APIC_API: return KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: return KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     case KVM_CAP_NR_VCPUS:

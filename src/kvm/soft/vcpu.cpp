@@ -2,13 +2,16 @@
 // access for the VMM - then one instruction at a time while that is needed.
 #include "kvm/soft/vcpu.hpp"
 
+#include <fcntl.h>
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
+#include "base/error.hpp"
 #include "kvm/soft/cpu/kvmclock.hpp"
 #include "kvm/soft/irqchip/lapic.hpp"
 #include "kvm/soft/vm.hpp"
@@ -16,8 +19,17 @@
 namespace lodge::kvm::soft {
 namespace {
 
-constexpr size_t run_size = 3 * page_size;  // kvm_run, port data, (unused) coalesced ring
 constexpr uint32_t internal_delivery_event = 3;
+
+// A file, so that somebody else may map the structure as well; it keeps its size, or such a mapping could
+// fault.
+Fd make_shared_file(unsigned id) {
+  Fd file(::memfd_create(fmt::format("kvm-vcpu:{}", id).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (!file || ::ftruncate(file.get(), SoftVcpu::shared_size) != 0 ||
+      ::fcntl(file.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0)
+    throw_errno("cannot make a vCPU's shared structure");
+  return file;
+}
 
 void futex_wake(std::atomic<uint32_t>& word) noexcept {
   ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, 1, nullptr, nullptr, 0);
@@ -36,7 +48,11 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
     : vm_(vm),
       id_(id),
       port_(*this),
-      shared_(Mapping::anonymous(run_size)),
+      shared_file_(make_shared_file(id)),
+      shared_(shared_size, PROT_READ | PROT_WRITE, MAP_SHARED, shared_file_.get(), 0,
+              "cannot map a vCPU's shared structure"),
+      apic_base_(Lapic::default_base | Lapic::base_enable |
+                 (id == vm.interrupts().boot_id() ? Lapic::base_bsp : 0)),
       run_(reinterpret_cast<kvm_run*>(shared_.data())),
       home_(*this, id),
       cpu_(home_.cpu()),
@@ -52,7 +68,7 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
   decoder_.configure(cpu_.features);
   if (vm.interrupts().mode() != Irqchip::Mode::none) {
     lapic_ = &vm.interrupts().add_vcpu(id, port_);
-    if (id != 0) mp_state_ = KVM_MP_STATE_UNINITIALIZED;
+    if (id != vm.interrupts().boot_id()) mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
   reset_cpu(cpu_, false);
   if (engine_ != Engine::interpret)
@@ -140,6 +156,8 @@ bool SoftVcpu::wants_attention() noexcept {
 
 Exit SoftVcpu::run() noexcept {
   const VcpuTimer::OnThread timer_on_thread(*timer_);
+  if ((run_->kvm_dirty_regs | run_->kvm_valid_regs) != 0)
+    if (const int refused = take_shared_registers(); refused != 0) return Exit(*run_, refused);
   finish_exit();
   enter_guest();
   int status = 0;
@@ -163,6 +181,7 @@ Exit SoftVcpu::run() noexcept {
 
 // Takes over what the VMM has answered to the previous exit.
 void SoftVcpu::finish_exit() noexcept {
+  if (lapic_ == nullptr) cpu_.cr8 = run_->cr8 & 0xf;  // the VMM's LAPIC has the TPR
   if (mmio_asked_ && answered_ < answers_.size()) {
     Answer& answer = answers_[answered_++];
     answer = {.gpa = run_->mmio.phys_addr,
@@ -181,9 +200,10 @@ void SoftVcpu::finish_exit() noexcept {
 
 void SoftVcpu::publish(int status) noexcept {
   if (status == -EINTR) run_->exit_reason = KVM_EXIT_INTR;
+  if (run_->kvm_valid_regs != 0) give_shared_registers();
   run_->if_flag = (cpu_.system_flags & flag::if_) != 0 ? 1 : 0;
   run_->cr8 = tpr();
-  run_->apic_base = lapic_ != nullptr ? lapic_->apic_base() : 0;
+  run_->apic_base = lapic_ != nullptr ? lapic_->apic_base() : apic_base_;
   run_->ready_for_interrupt_injection = lapic_ == nullptr
                                             ? interrupts_open() && external_ < 0
                                             : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
@@ -196,6 +216,7 @@ bool SoftVcpu::something_waits() noexcept {
 }
 
 int SoftVcpu::loop() noexcept {
+  if (std::exchange(shutdown_, false)) return exit_with(KVM_EXIT_SHUTDOWN).status;
   // An exception that KVM_SET_VCPU_EVENTS gave. Not a debugger's affair: it may be what the debugger hands
   // back.
   if (cpu_.pending.valid && !alone_next_)

@@ -48,6 +48,8 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Exit run() noexcept override;
   void kick() noexcept override { post(request::kick); }
   kvm_run& shared() noexcept override { return *run_; }
+  int shared_fd() const noexcept override { return shared_file_.get(); }
+  static constexpr size_t shared_size = 3 * page_size;  // kvm_run, port data, coalesced accesses
 
   kvm_regs regs() override;
   void set_regs(const kvm_regs& regs) override;
@@ -77,10 +79,13 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   void set_tsc_khz(uint32_t khz) override;
   void set_guest_debug(const kvm_guest_debug& debug) override;
   void set_tpr_access_reporting(bool on) override;
+  void set_vapic_addr(uint64_t gpa) override;
   int interrupt(uint32_t vector) noexcept override;
   int nmi() noexcept override;
   kvm_translation translate(uint64_t linear) override;
   void enable_cap(const kvm_enable_cap& cap) override;
+  void setup_mce(uint64_t capabilities) override;
+  void set_mce(const kvm_x86_mce& event) override;
   std::vector<Statistic> statistics() override;
 
   // --- for the VM, any thread ---
@@ -175,6 +180,10 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   void leave_guest() noexcept;
   void finish_exit() noexcept;
   void publish(int status) noexcept;
+  // KVM_CAP_SYNC_REGS: takes what the VMM marked in kvm_dirty_regs, 0 or -EINVAL; gives what kvm_valid_regs
+  // asks for.
+  int take_shared_registers() noexcept;
+  void give_shared_registers() noexcept;
 
   // Paravirtual EOI (vcpu_paravirt.cpp): offers it for the interrupt that was just taken; finds out whether
   // the guest has made use of it. The latter comes before anything that depends on what is in service.
@@ -202,7 +211,9 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   SoftVm& vm_;
   const unsigned id_;
   Port port_;
+  const Fd shared_file_;
   Mapping shared_;
+  uint64_t apic_base_;  // without LAPIC
   kvm_run* run_;
   CpuHome home_;
   Cpu& cpu_;
@@ -258,6 +269,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none;
   bool mmio_asked_ = false;
   int eoi_exit_ = -1;
+  bool shutdown_ = false;     // by a machine check, to be told by the next run()
   bool tpr_lowered_ = false;  // to be told by KVM_EXIT_SET_TPR
 
   uint32_t tsc_khz_;

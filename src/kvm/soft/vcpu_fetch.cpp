@@ -84,7 +84,10 @@ uint64_t SoftVcpu::fetch_page(uint64_t linear, Block& block, unsigned which) noe
     const uint64_t host_page = reinterpret_cast<uint64_t>(slot->host) + (page << page_shift);
     if ((word.load() & Slot::has_code) == 0) {
       const auto map = map_;  // keeps the slot while others may make us let go of it
-      word.fetch_or(Slot::has_code);
+      if (!slot->mark_code(page)) {
+        if (vm_.forget_code()) continue;
+        word.fetch_or(Slot::has_code);  // nothing of ours to give up: unguarded
+      }
       drop_write_tags(host_page);
       vm_.shoot_down(*this, host_page);
       if (map != map_) continue;

@@ -17,9 +17,9 @@ __extension__ typedef unsigned __int128 u128;
 
 bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
   if (lapic_ == nullptr) {
-    if (index != msr_apic_base) return false;
-    value = run_->apic_base;
-    return true;
+    // As in KVM the deadline is there and does nothing: the VMM's LAPIC has the timer.
+    value = index == msr_apic_base ? apic_base_ : 0;
+    return index == msr_apic_base || index == msr_tsc_deadline;
   }
   if (index != msr_tsc_deadline) settle_pv_eoi();
   switch (index) {
@@ -31,9 +31,8 @@ bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
 
 bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
   if (lapic_ == nullptr) {
-    if (index != msr_apic_base) return false;
-    run_->apic_base = value;
-    return true;
+    if (index == msr_apic_base) apic_base_ = value;
+    return index == msr_apic_base || index == msr_tsc_deadline;
   }
   if (index != msr_tsc_deadline) settle_pv_eoi();
   bool done = true;
@@ -62,7 +61,7 @@ void SoftVcpu::set_tpr(uint8_t value) noexcept {
 }
 
 bool SoftVcpu::apic_enabled() noexcept {
-  return lapic_ == nullptr || (lapic_->apic_base() & Lapic::base_enable) != 0;
+  return ((lapic_ != nullptr ? lapic_->apic_base() : apic_base_) & Lapic::base_enable) != 0;
 }
 bool SoftVcpu::x2apic_enabled() noexcept {
   return lapic_ != nullptr && (lapic_->apic_base() & Lapic::base_x2apic) != 0;

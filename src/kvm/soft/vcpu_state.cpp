@@ -36,7 +36,10 @@ kvm_sregs SoftVcpu::sregs() {
 void SoftVcpu::set_sregs(const kvm_sregs& sregs) {
   acknowledge_memory();
   check(soft::set_sregs(cpu_, sregs), "KVM_SET_SREGS: the control registers contradict each other");
-  if (lapic_ != nullptr) lapic_->set_apic_base(sregs.apic_base, true);
+  if (lapic_ != nullptr)
+    lapic_->set_apic_base(sregs.apic_base, true);
+  else
+    apic_base_ = sregs.apic_base;
   for (int vector = 255; vector >= 0 && lapic_ == nullptr; --vector)
     if ((sregs.interrupt_bitmap[vector / 64] >> vector % 64 & 1) != 0) external_ = vector;
 }
@@ -48,7 +51,10 @@ kvm_sregs2 SoftVcpu::sregs2() {
 void SoftVcpu::set_sregs2(const kvm_sregs2& sregs) {
   acknowledge_memory();
   check(soft::set_sregs2(cpu_, sregs), "KVM_SET_SREGS2: the control registers contradict each other");
-  if (lapic_ != nullptr) lapic_->set_apic_base(sregs.apic_base, true);
+  if (lapic_ != nullptr)
+    lapic_->set_apic_base(sregs.apic_base, true);
+  else
+    apic_base_ = sregs.apic_base;
 }
 
 kvm_fpu SoftVcpu::fpu() {
@@ -73,6 +79,27 @@ void SoftVcpu::set_xsave(const kvm_xsave& xsave) {
   check(soft::set_xsave(cpu_.vector, area, supported_xcr0()) ? 0 : EINVAL,
         "KVM_SET_XSAVE: reserved bits, or components that this host does not have");
   cpu_.fp_control_changed();
+}
+
+int SoftVcpu::take_shared_registers() noexcept try {
+  constexpr uint64_t known = KVM_SYNC_X86_VALID_FIELDS;
+  if (((run_->kvm_dirty_regs | run_->kvm_valid_regs) & ~known) != 0) return -EINVAL;
+  const kvm_sync_regs given = run_->s.regs;
+  const uint64_t dirty = std::exchange(run_->kvm_dirty_regs, 0);
+  if ((dirty & KVM_SYNC_X86_REGS) != 0) set_regs(given.regs);
+  if ((dirty & KVM_SYNC_X86_SREGS) != 0) set_sregs(given.sregs);
+  if ((dirty & KVM_SYNC_X86_EVENTS) != 0) set_vcpu_events(given.events);
+  return 0;
+} catch (...) {
+  return -EINVAL;
+}
+
+void SoftVcpu::give_shared_registers() noexcept {
+  kvm_sync_regs& out = run_->s.regs;
+  const uint64_t wanted = run_->kvm_valid_regs;
+  if ((wanted & KVM_SYNC_X86_REGS) != 0) out.regs = regs();
+  if ((wanted & KVM_SYNC_X86_SREGS) != 0) out.sregs = sregs();
+  if ((wanted & KVM_SYNC_X86_EVENTS) != 0) out.events = vcpu_events();
 }
 
 kvm_xcrs SoftVcpu::xcrs() {
@@ -207,6 +234,11 @@ void SoftVcpu::set_tpr_access_reporting(bool on) {
   if (on) throw_errno(EINVAL, "KVM_TPR_ACCESS_REPORTING: the soft accelerator does not report TPR accesses");
 }
 
+// Without reports of TPR accesses no guest is patched to use such a page.
+void SoftVcpu::set_vapic_addr(uint64_t gpa) {
+  if (gpa != 0) throw_errno(EINVAL, "KVM_SET_VAPIC_ADDR: the soft accelerator has no virtual APIC page");
+}
+
 int SoftVcpu::interrupt(uint32_t vector) noexcept {
   if (vector > 255) return -EINVAL;
   if (lapic_ != nullptr) {
@@ -235,6 +267,15 @@ kvm_translation SoftVcpu::translate(uint64_t linear) {
   out.writeable = writable ? 1 : 0;
   out.usermode = user ? 1 : 0;
   return out;
+}
+
+void SoftVcpu::setup_mce(uint64_t capabilities) {
+  check(setup_machine_check(cpu_.msr.machine_check, capabilities),
+        "KVM_X86_SETUP_MCE: as many banks are not there, or a capability is not");
+}
+
+void SoftVcpu::set_mce(const kvm_x86_mce& event) {
+  check(inject_machine_check(cpu_, event, shutdown_), "KVM_X86_SET_MCE: no such bank, or no valid error");
 }
 
 void SoftVcpu::enable_cap(const kvm_enable_cap& cap) {

@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "base/error.hpp"
+#include "kvm/soft/translate/host_signal.hpp"
 #include "kvm/soft/translate/perf_map.hpp"
 #include "kvm/soft/vcpu.hpp"
 
@@ -24,9 +25,15 @@ SoftVm::SoftVm(uint32_t tsc_khz, const Options& options)
       clock_scale_(clock_scale(tsc_khz)),
       clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),
-      map_(std::make_shared<MemoryMap>()) {}
+      map_(std::make_shared<MemoryMap>()) {
+  if (!options_.guard_code) return;
+  install_signal_handlers();
+  guard_.emplace(static_cast<GuardedMemory&>(*this));
+}
 
-SoftVm::~SoftVm() = default;
+SoftVm::~SoftVm() {
+  for (const auto& slot : map_->slots) slot->retire();
+}
 
 int SoftVm::check_extension(uint32_t capability) const noexcept {
   return soft_extension(capability);
@@ -36,6 +43,10 @@ void SoftVm::enable_cap(const kvm_enable_cap& cap) {
   switch (cap.cap) {
     case KVM_CAP_SPLIT_IRQCHIP: irqchip_.create_split(cap.args[0]); break;
     case KVM_CAP_X2APIC_API: irqchip_.set_x2apic_api(cap.args[0]); break;
+    case KVM_CAP_MAX_VCPU_ID:  // a promise of the VMM's, that saves us nothing
+      if (cap.args[0] == 0 || cap.args[0] > Irqchip::max_vcpus)
+        throw_errno(EINVAL, "KVM_CAP_MAX_VCPU_ID: more than there may be");
+      break;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
       if ((cap.args[0] & ~uint64_t{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}) != 0)
         throw_errno(EINVAL, "manual dirty log protection: only bit 0 of the argument is supported");
@@ -60,11 +71,13 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     throw_errno(EINVAL, fmt::format("memory slot {}: not page aligned, or wraps", region.slot));
 
   auto map = std::make_unique<MemoryMap>(*memory());
+  std::shared_ptr<Slot> replaced;
   const auto old =
       std::find_if(map->slots.begin(), map->slots.end(), [&](auto& s) { return s->id == region.slot; });
   if (region.memory_size == 0) {
     if (old == map->slots.end())
       throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
+    (*old)->retire();
     map->slots.erase(old);
     return install(std::move(map));
   }
@@ -74,13 +87,15 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
         (*old)->read_only != ((region.flags & KVM_MEM_READONLY) != 0))
       throw_errno(EINVAL,
                   fmt::format("memory slot {}: size, memory and read-only flag cannot change", region.slot));
+    replaced = *old;
     map->slots.erase(old);
   }
   for (const auto& slot : map->slots)
     if (region.guest_phys_addr < slot->gpa + slot->size &&
         slot->gpa < region.guest_phys_addr + region.memory_size)
       throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, slot->id));
-  auto slot = std::make_shared<Slot>(region, static_cast<CodeWatch&>(*this));
+  auto slot = std::make_shared<Slot>(region, static_cast<CodeWatch&>(*this), options_.guard_code);
+  if (replaced) replaced->retire();
   const auto place = std::upper_bound(map->slots.begin(), map->slots.end(), slot,
                                       [](auto& a, auto& b) { return a->gpa < b->gpa; });
   map->slots.insert(place, std::move(slot));
@@ -172,6 +187,19 @@ void SoftVm::note_write(uint64_t gpa, uint64_t size) noexcept {
     const uint64_t last = slot->page(std::min(end, slot->gpa + slot->size) - 1);
     for (uint64_t page = first; page <= last; ++page) slot->invalidate(page);
   }
+}
+
+bool SoftVm::forget_code() noexcept {
+  bool any = false;
+  for (const auto& slot : memory()->slots)
+    for (uint64_t page = 0; page < slot->size >> page_shift; ++page) any |= slot->admit_write(page);
+  return any;
+}
+
+void SoftVm::set_boot_cpu_id(uint32_t id) {
+  const std::lock_guard lock(vcpus_mutex_);
+  if (!vcpus_.empty()) throw_errno(EBUSY, "KVM_SET_BOOT_CPU_ID: there are vCPUs already");
+  irqchip_.set_boot_id(id);
 }
 
 std::unique_ptr<Vcpu> SoftVm::create_vcpu(unsigned id) {

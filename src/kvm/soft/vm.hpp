@@ -4,6 +4,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "base/clock.hpp"
@@ -11,6 +12,7 @@
 #include "kvm/soft/cpu/kvmclock.hpp"
 #include "kvm/soft/irqchip/irqchip.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
+#include "kvm/soft/mmu/write_guard.hpp"
 #include "kvm/soft/options.hpp"
 #include "kvm/soft/translate/code_cache.hpp"
 
@@ -18,7 +20,7 @@ namespace lodge::kvm::soft {
 
 class SoftVcpu;
 
-class SoftVm final : public Vm, private CodeWatch {
+class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
  public:
   // `tsc_khz`: of the host.
   SoftVm(uint32_t tsc_khz, const Options& options);
@@ -48,6 +50,8 @@ class SoftVm final : public Vm, private CodeWatch {
   void irqfd(const kvm_irqfd& irqfd) override { irqchip_.irqfd(irqfd); }
   void ioeventfd(const kvm_ioeventfd& ioeventfd) override { ioeventfds_.set(ioeventfd); }
   bool cheap_exits() const noexcept override { return true; }
+  void reinject_control(const kvm_reinject_control& control) override { irqchip_.set_reinject(control); }
+  void set_boot_cpu_id(uint32_t id) override;
   kvm_clock_data clock() override;
   void set_clock(const kvm_clock_data& clock) override;
 
@@ -70,9 +74,12 @@ class SoftVm final : public Vm, private CodeWatch {
   // keeps acknowledging what others ask of it meanwhile.
   void shoot_down(SoftVcpu& self, uint64_t host_page) noexcept;
   void remove_vcpu(SoftVcpu& vcpu) noexcept;
+  // As many pages of code are guarded as may be: makes all code stale. False: there was none.
+  bool forget_code() noexcept;
 
  private:
   void code_changed(uint64_t host_page) noexcept override;
+  std::shared_ptr<const MemoryMap> guarded_memory() noexcept override { return memory(); }
   void install(std::unique_ptr<MemoryMap> map);
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);
@@ -92,6 +99,7 @@ class SoftVm final : public Vm, private CodeWatch {
   std::mutex map_mutex_;    // guards map_ itself
   std::shared_ptr<const MemoryMap> map_;
   bool manual_dirty_protect_ = false;
+  std::optional<GuardRegistration> guard_;
 
   std::mutex vcpus_mutex_;
   std::vector<SoftVcpu*> vcpus_;

@@ -157,7 +157,6 @@ uint64_t* plain(Cpu& cpu, uint32_t index) noexcept {
   switch (index) {
     case ia32_star: return &cpu.msr.star;
     case ia32_sysenter_cs: return &cpu.msr.sysenter_cs;
-    case ia32_mcg_status: return &cpu.msr.mcg_status;
     default: return nullptr;
   }
 }
@@ -309,13 +308,12 @@ bool read_other(Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case ia32_tsc: value = cpu.platform().tsc(); return true;
     case ia32_tsc_adjust: value = cpu.msr.tsc_adjust; return true;
     case ia32_spec_ctrl: value = cpu.msr.spec_ctrl; return true;
-    case ia32_arch_capabilities: value = arch_capabilities; return true;
+    case ia32_arch_capabilities: value = arch_capabilities & ~cpu.msr.arch_capabilities_hidden; return true;
     case ia32_bios_sign_id:
       value = cpu.msr.bios_sign_id != 0 ? cpu.msr.bios_sign_id
               : cpu.features.amd_like   ? amd_revision
                                         : default_revision;
       return true;
-    case ia32_mcg_cap: value = 0; return true;
     case ia32_misc_enable: value = cpu.msr.misc_enable | misc_enable_fixed; return true;
     case ia32_debugctl: value = cpu.msr.debug_ctl; return true;
     case ia32_pat: value = cpu.msr.pat; return true;
@@ -387,12 +385,14 @@ bool write_other(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) 
     // Commands: a barrier or a flush of what soft does not have.
     case ia32_pred_cmd:
     case ia32_flush_cmd: return (value & ~uint64_t{1}) == 0;
-    case ia32_arch_capabilities: return host_initiated && value == arch_capabilities;
+    case ia32_arch_capabilities:
+      if (!host_initiated || (value & ~arch_capabilities) != 0) return false;
+      cpu.msr.arch_capabilities_hidden = arch_capabilities & ~value;
+      return true;
     case ia32_bios_sign_id:
       // The guest writes 0 before it asks for the revision with CPUID.
       if (host_initiated) cpu.msr.bios_sign_id = value;
       return host_initiated || value == 0;
-    case ia32_mcg_cap: return host_initiated && value == 0;
     case ia32_misc_enable: cpu.msr.misc_enable = value; return true;
     case ia32_debugctl:
       if ((value & ~uint64_t{3}) != 0) return false;
@@ -483,6 +483,7 @@ constexpr std::array index_list = {
     0x26fu,
     uint32_t{ia32_misc_enable},
     uint32_t{ia32_mcg_status},
+    uint32_t{ia32_mcg_ctl},
     uint32_t{ia32_spec_ctrl},
     uint32_t{ia32_bios_sign_id},
     uint32_t{ia32_debugctl},
@@ -503,6 +504,8 @@ constexpr std::array feature_list = {uint32_t{ia32_bios_sign_id}, uint32_t{ia32_
 
 bool read_msr(Cpu& cpu, uint32_t index, uint64_t& value, bool host_initiated) noexcept {
   if (is_apic(index)) return cpu.platform().read_apic_msr(index, value);
+  if (is_machine_check_msr(index))
+    return read_machine_check(cpu.msr.machine_check, index, value, host_initiated);
   if (!host_initiated && !announced(cpu, index)) return false;
   if (index >= ia32_mtrr_physbase0 && index < mtrr_variable_end) {
     value = cpu.msr.mtrr_variable[index - ia32_mtrr_physbase0];
@@ -514,12 +517,13 @@ bool read_msr(Cpu& cpu, uint32_t index, uint64_t& value, bool host_initiated) no
       return true;
     }
   }
-  if (index == ia32_mcg_ctl) return false;  // MCG_CAP says it is not there
   return read_other(cpu, index, value);
 }
 
 bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) noexcept {
   if (is_apic(index)) return cpu.platform().write_apic_msr(index, value);
+  if (is_machine_check_msr(index))
+    return write_machine_check(cpu.msr.machine_check, index, value, host_initiated);
   if (!host_initiated && !announced(cpu, index)) return false;
   if (index >= ia32_mtrr_physbase0 && index < mtrr_variable_end)
     return write_mtrr_variable(cpu, index, value);
@@ -529,7 +533,6 @@ bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) no
     return true;
   }
   if (uint64_t* const home = plain(cpu, index)) {
-    if (index == ia32_mcg_status && value != 0 && !host_initiated) return false;
     *home = value;
     return true;
   }
@@ -538,7 +541,6 @@ bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) no
     *home = value;
     return true;
   }
-  if (index == ia32_mcg_ctl) return false;
   return write_other(cpu, index, value, host_initiated);
 }
 

@@ -5,6 +5,8 @@
 #include <array>
 #include <cstdint>
 
+#include "kvm/soft/cpu/machine_check.hpp"
+
 namespace lodge::kvm::soft {
 
 enum GprName : uint8_t { rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15 };
@@ -76,16 +78,18 @@ struct alignas(64) VectorState {
 
 // MSRs that have no other home.
 struct MsrState {
+  MachineCheck machine_check;
   uint64_t star = 0, lstar = 0, cstar = 0, sfmask = 0, kernel_gs_base = 0;
   uint64_t sysenter_cs = 0, sysenter_esp = 0, sysenter_eip = 0;
   uint64_t pat = 0x0007'0406'0007'0406;
   uint64_t tsc_aux = 0, misc_enable = 1, mtrr_def_type = 0, spec_ctrl = 0, xss = 0, tsc_adjust = 0;
-  uint64_t mcg_status = 0, bios_sign_id = 0, debug_ctl = 0, umwait_control = 0;
+  uint64_t bios_sign_id = 0, debug_ctl = 0, umwait_control = 0;
   std::array<uint64_t, 11> mtrr_fixed{};
   std::array<uint64_t, 16> mtrr_variable{};
   uint64_t kvm_wall_clock = 0, kvm_system_time = 0, kvm_async_pf_en = 0, kvm_steal_time = 0, kvm_pv_eoi = 0,
            kvm_poll_control = 1, kvm_async_pf_int = 0, kvm_migration_control = 0;
   uint64_t smbase = 0x30000;
+  uint64_t arch_capabilities_hidden = 0;  // bits of IA32_ARCH_CAPABILITIES that the VMM has taken away
 };
 
 struct CpuState {

@@ -73,8 +73,9 @@ Lapic& Irqchip::add_vcpu(uint32_t id, VcpuPort& port) {
   if (count == max_vcpus) throw_errno(EINVAL, "too many vCPUs");
   for (const auto& lapic : owned_)
     if (lapic->id() == id && !lapic->detached()) throw_errno(EEXIST, "the vCPU exists already");
-  owned_.push_back(std::make_unique<Lapic>(id, port, *this, clock_,
-                                           Lapic::Options{.eoi_suppression = mode() == Mode::split}));
+  owned_.push_back(std::make_unique<Lapic>(
+      id, port, *this, clock_,
+      Lapic::Options{.eoi_suppression = mode() == Mode::split, .boot = id == boot_id_}));
   lapics_[count].store(owned_.back().get(), std::memory_order_relaxed);
   lapic_count_.store(count + 1, std::memory_order_release);
   return *owned_.back();

@@ -53,6 +53,9 @@ class Irqchip final : public ApicFabric,
   // remove_vcpu() when it goes, after which its port is not called any more. EEXIST, EINVAL (too many), ENXIO
   // (none).
   Lapic& add_vcpu(uint32_t id, VcpuPort& port);
+  // The ID of the vCPU that starts by itself (0 unless said so); before the first one.
+  void set_boot_id(uint32_t id) noexcept { boot_id_ = id; }
+  uint32_t boot_id() const noexcept { return boot_id_; }
   void remove_vcpu(Lapic& lapic) noexcept { lapic.detach(); }
 
   // --- Guest accesses (the LAPIC page and MSRs go to the vCPU's own Lapic) ---
@@ -117,6 +120,7 @@ class Irqchip final : public ApicFabric,
   std::atomic<Mode> mode_{Mode::none};
   std::atomic<uint64_t> x2apic_api_{0};
   unsigned split_pins_ = 0;
+  uint32_t boot_id_ = 0;
 
   std::mutex setup_;
   std::vector<std::unique_ptr<Lapic>> owned_;

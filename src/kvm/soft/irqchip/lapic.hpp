@@ -51,6 +51,7 @@ class Lapic {
 
   struct Options {
     bool eoi_suppression = false;  // SVR bit 12 exists (the IOAPIC has an EOI register: split irqchip)
+    bool boot = false;             // of the processor that starts by itself
   };
 
   Lapic(uint32_t id, VcpuPort& port, ApicFabric& fabric, Clock& clock, Options options);

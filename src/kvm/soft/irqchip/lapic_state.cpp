@@ -41,11 +41,11 @@ void Lapic::reset_registers() noexcept {
 
 void Lapic::reset() noexcept {
   const std::lock_guard lock(mutex_);
-  base_.store(default_base | base_enable | (id_ == 0 ? base_bsp : 0), std::memory_order_relaxed);
+  base_.store(default_base | base_enable | (options_.boot ? base_bsp : 0), std::memory_order_relaxed);
   reset_registers();
   injected_.store(-1, std::memory_order_relaxed);
   eoi_exit_.store(-1, std::memory_order_relaxed);
-  if (id_ == 0) regs_[reg_lvt_lint0] = static_cast<uint32_t>(DeliveryMode::extint) << 8;
+  if (options_.boot) regs_[reg_lvt_lint0] = static_cast<uint32_t>(DeliveryMode::extint) << 8;
   publish_ids();
   update();
 }
@@ -56,7 +56,7 @@ void Lapic::init_reset() noexcept {
   reset_registers();
   regs_[reg_id] = id;
   injected_.store(-1, std::memory_order_relaxed);
-  if (id_ == 0) regs_[reg_lvt_lint0] = static_cast<uint32_t>(DeliveryMode::extint) << 8;
+  if (options_.boot) regs_[reg_lvt_lint0] = static_cast<uint32_t>(DeliveryMode::extint) << 8;
   publish_ids();
   update();
 }

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <system_error>
 
+#include "kvm/soft/mmu/write_guard.hpp"
 #include "kvm/soft/translate/translator.hpp"
 
 namespace lodge::kvm::soft {
@@ -37,6 +38,12 @@ void pass_on(int number, siginfo_t* info, void* context) noexcept {
 void on_signal(int number, siginfo_t* info, void* context) noexcept {
   const int saved_errno = errno;
   auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
+  constexpr greg_t page_fault_write = 2;
+  if (number == SIGSEGV && info->si_code == SEGV_ACCERR && (registers[REG_ERR] & page_fault_write) != 0 &&
+      admit_fault(reinterpret_cast<uint64_t>(info->si_addr))) {
+    errno = saved_errno;
+    return;
+  }
   if (current_translator != nullptr) {
     const auto* at = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
     if (const uint8_t* stub = current_translator->fault_stub(at); stub != nullptr) {

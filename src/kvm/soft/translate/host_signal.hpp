@@ -1,5 +1,6 @@
 // Host signals that translated code raises on behalf of the guest: #DE as SIGFPE, #GP of misaligned vector
-// operands as SIGSEGV. The handlers are the process's; signals from elsewhere go to whoever had them before.
+// operands as SIGSEGV; and stores of the VMM to guarded pages (mmu/write_guard.hpp). The handlers are the
+// process's; signals from elsewhere go to whoever had them before.
 #pragma once
 
 namespace lodge::kvm::soft {

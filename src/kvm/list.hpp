@@ -14,14 +14,14 @@
 #include <memory>
 #include <span>
 
-namespace lodge::kvm::host {
+namespace lodge::kvm {
 
 // kvm_cpuid2 (nent), kvm_msrs (nmsrs) and kvm_irq_routing (nr): a count and a word that is zero.
 struct CountHeader {
   uint32_t count;
   uint32_t zero;
 };
-// kvm_msr_list (nmsrs).
+// kvm_msr_list (nmsrs) and kvm_signal_mask (len).
 struct ShortHeader {
   uint32_t count;
 };
@@ -39,6 +39,7 @@ constexpr unsigned long set_gsi_routing = _IOW(KVMIO, 0x6a, CountHeader);
 constexpr unsigned long get_msrs = _IOWR(KVMIO, 0x88, CountHeader);
 constexpr unsigned long set_msrs = _IOW(KVMIO, 0x89, CountHeader);
 constexpr unsigned long set_cpuid2 = _IOW(KVMIO, 0x90, CountHeader);
+constexpr unsigned long set_signal_mask = _IOW(KVMIO, 0x8b, ShortHeader);
 constexpr unsigned long get_cpuid2 = _IOWR(KVMIO, 0x91, CountHeader);
 constexpr unsigned long get_xsave = _IOR(KVMIO, 0xa4, XsaveRegion);
 constexpr unsigned long set_xsave = _IOW(KVMIO, 0xa5, XsaveRegion);
@@ -63,4 +64,4 @@ class List {
   size_t capacity_;
 };
 
-}  // namespace lodge::kvm::host
+}  // namespace lodge::kvm

@@ -1,0 +1,49 @@
+// What stands behind a descriptor of the preload library: /dev/kvm, a VM or a vCPU, each answering the ioctls
+// that the kernel's Documentation/virt/kvm/api.rst gives it.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "base/fd.hpp"
+
+namespace lodge::kvm::preload {
+
+class File {
+ public:
+  File();
+  virtual ~File() = default;
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  // 0 or a positive result, else a negative errno. Any thread. With LODGE_KVM_TRACE in the environment what
+  // is refused is named on stderr.
+  int ioctl(unsigned long request, unsigned long argument) noexcept;
+  // Made before a fork, in whose child there are neither its threads nor its locks: it answers EIO there, as
+  // the kernel does, and is never destroyed.
+  bool foreign() const noexcept;
+
+ protected:
+  // Throws std::system_error.
+  virtual int answer(unsigned long request, unsigned long argument) = 0;
+  virtual const char* name() const noexcept = 0;
+
+ private:
+  int attempt(unsigned long request, unsigned long argument, std::string& why) noexcept;
+
+  const unsigned forks_;
+};
+
+// A descriptor for the client, and what answers on it.
+struct OpenedFile {
+  Fd fd;
+  std::shared_ptr<File> file;
+};
+
+// In the child of a fork.
+void note_fork() noexcept;
+
+// open("/dev/kvm", flags). Throws std::system_error.
+OpenedFile open_system(int flags);
+
+}  // namespace lodge::kvm::preload

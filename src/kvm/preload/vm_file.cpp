@@ -1,0 +1,170 @@
+// A VM (api.rst: "VM ioctls"): each ioctl is one call of the contract.
+#include "kvm/preload/vm_file.hpp"
+
+#include <sys/eventfd.h>
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+#include "kvm/preload/argument.hpp"
+#include "kvm/preload/signals.hpp"
+#include "kvm/preload/table.hpp"
+
+namespace lodge::kvm::preload {
+namespace {
+
+constexpr uint64_t page_size = 4096;
+
+// Linux 6.8; older headers lack them. Without the flag for private memory, which is refused as unknown, it is
+// kvm_userspace_memory_region with reserved words behind it.
+struct MemoryRegion2 {
+  kvm_userspace_memory_region region;
+  uint64_t reserved[16];
+};
+static_assert(sizeof(MemoryRegion2) == 160);
+constexpr unsigned long set_user_memory_region2 = _IOW(KVMIO, 0x49, MemoryRegion2);
+constexpr unsigned long cap_user_memory2 = 231;
+constexpr unsigned long cap_vm_tsc_control = 214;
+
+class VmFile final : public File {
+ public:
+  VmFile(std::shared_ptr<System> system, std::shared_ptr<Vm> vm)
+      : system_(std::move(system)), vm_(std::move(vm)) {}
+
+ private:
+  const char* name() const noexcept override { return "a VM"; }
+  int answer(unsigned long number, unsigned long argument) override {
+    switch (number) {
+      case KVM_CHECK_EXTENSION:
+        return check_extension(vm_->check_extension(static_cast<uint32_t>(argument)), argument);
+      case KVM_ENABLE_CAP: return enable_cap(pointed<kvm_enable_cap>(argument));
+      case KVM_CREATE_VCPU: return make_vcpu(static_cast<unsigned>(argument));
+      case KVM_GET_TSC_KHZ: return static_cast<int>(tsc_khz());
+      case KVM_SET_TSC_KHZ: return set_tsc_khz(static_cast<uint32_t>(argument));
+      case KVM_SET_TSS_ADDR: return vm_->set_tss_addr(argument), 0;
+      case KVM_SET_IDENTITY_MAP_ADDR: return vm_->set_identity_map_addr(pointed<uint64_t>(argument)), 0;
+      case KVM_SET_BOOT_CPU_ID: return vm_->set_boot_cpu_id(static_cast<uint32_t>(argument)), 0;
+      case KVM_GET_CLOCK: return pointed<kvm_clock_data>(argument) = vm_->clock(), 0;
+      case KVM_SET_CLOCK: return vm_->set_clock(pointed<kvm_clock_data>(argument)), 0;
+      default: break;
+    }
+    if (const int result = memory(number, argument); result != -ENOTTY) return result;
+    return interrupts(number, argument);
+  }
+
+  int make_vcpu(unsigned id) {
+    auto vcpu = vm_->create_vcpu(id);
+    if (const uint32_t khz = tsc_khz_.load(); khz != 0) vcpu->set_tsc_khz(khz);
+    return create_vcpu(vm_, std::move(vcpu));
+  }
+
+  // What new vCPUs begin with. The contract knows the frequency of a vCPU alone, so one is asked.
+  uint32_t tsc_khz() {
+    if (const uint32_t khz = tsc_khz_.load(); khz != 0) return khz;
+    const auto scratch = system_->create_vm();
+    return scratch->create_vcpu(0)->tsc_khz();
+  }
+  int set_tsc_khz(uint32_t khz) {
+    if (khz > INT32_MAX) return -EINVAL;
+    tsc_khz_ = khz;  // 0: the host's
+    return 0;
+  }
+
+  int enable_cap(const kvm_enable_cap& cap) {
+    if (cap.flags != 0) return -EINVAL;
+    vm_->enable_cap(cap);
+    return 0;
+  }
+
+  int memory(unsigned long number, unsigned long argument) {
+    switch (number) {
+      case KVM_SET_USER_MEMORY_REGION: return set_region(pointed<kvm_userspace_memory_region>(argument));
+      case set_user_memory_region2: return set_region(pointed<MemoryRegion2>(argument).region);
+      case KVM_GET_DIRTY_LOG: {
+        const auto& log = pointed<kvm_dirty_log>(argument);
+        vm_->get_dirty_log(log.slot, {static_cast<uint64_t*>(log.dirty_bitmap), words(log.slot)});
+        return 0;
+      }
+      case KVM_CLEAR_DIRTY_LOG: {
+        const auto& log = pointed<kvm_clear_dirty_log>(argument);
+        const size_t count = (size_t{log.num_pages} + 63) / 64;
+        vm_->clear_dirty_log(log.slot, log.first_page, log.num_pages,
+                             {static_cast<const uint64_t*>(log.dirty_bitmap), count});
+        return 0;
+      }
+      default: return -ENOTTY;
+    }
+  }
+
+  int set_region(const kvm_userspace_memory_region& region) {
+    const std::lock_guard lock(mutex_);
+    vm_->set_user_memory_region(region);
+    slot_pages_[region.slot] = region.memory_size / page_size;
+    return 0;
+  }
+
+  // The client's bitmap has one bit for each page of the slot, in whole words.
+  size_t words(uint32_t slot) {
+    const std::lock_guard lock(mutex_);
+    const auto found = slot_pages_.find(slot);
+    return found == slot_pages_.end() ? 0 : (found->second + 63) / 64;
+  }
+
+  int interrupts(unsigned long number, unsigned long argument) {
+    switch (number) {
+      case KVM_CREATE_IRQCHIP: return vm_->create_irqchip(), 0;
+      case KVM_GET_IRQCHIP: {
+        auto& chip = pointed<kvm_irqchip>(argument);
+        return chip = vm_->irqchip(chip.chip_id), 0;
+      }
+      case KVM_SET_IRQCHIP: return vm_->set_irqchip(pointed<kvm_irqchip>(argument)), 0;
+      case KVM_CREATE_PIT: return vm_->create_pit2({}), 0;
+      case KVM_CREATE_PIT2: return vm_->create_pit2(pointed<kvm_pit_config>(argument)), 0;
+      case KVM_GET_PIT2: return pointed<kvm_pit_state2>(argument) = vm_->pit2(), 0;
+      case KVM_SET_PIT2: return vm_->set_pit2(pointed<kvm_pit_state2>(argument)), 0;
+      case KVM_REINJECT_CONTROL: return vm_->reinject_control(pointed<kvm_reinject_control>(argument)), 0;
+      case KVM_IRQ_LINE:
+      case KVM_IRQ_LINE_STATUS: {
+        auto& line = pointed<kvm_irq_level>(argument);
+        const int result = vm_->irq_line(line.irq, line.level != 0);
+        if (result < -1) return result;  // -1: masked
+        if (number == KVM_IRQ_LINE_STATUS) line.status = static_cast<uint32_t>(result);
+        return 0;
+      }
+      case KVM_SIGNAL_MSI: return vm_->signal_msi(pointed<kvm_msi>(argument));
+      case request::set_gsi_routing: return set_routing(argument);
+      case KVM_IRQFD: return vm_->irqfd(pointed<kvm_irqfd>(argument)), 0;
+      case KVM_IOEVENTFD: return vm_->ioeventfd(pointed<kvm_ioeventfd>(argument)), 0;
+      default: return -ENOTTY;
+    }
+  }
+
+  int set_routing(unsigned long argument) {
+    if (pointed<CountHeader>(argument).zero != 0) return -EINVAL;
+    const RoutingEntries list(argument);
+    vm_->set_gsi_routing(list.entries());
+    return 0;
+  }
+
+  const std::shared_ptr<System> system_;
+  const std::shared_ptr<Vm> vm_;
+  std::atomic<uint32_t> tsc_khz_{0};
+  std::mutex mutex_;
+  std::map<uint32_t, uint64_t> slot_pages_;
+};
+
+}  // namespace
+
+int check_extension(int accelerator, unsigned long capability) noexcept {
+  return capability == cap_user_memory2 || capability == cap_vm_tsc_control ? 1 : accelerator;
+}
+
+int create_vm(const std::shared_ptr<System>& system) {
+  adopt_signal_handlers();
+  Fd fd(::eventfd(0, EFD_CLOEXEC));
+  if (!fd) throw_errno("cannot make a VM's descriptor");
+  return table().add({std::move(fd), std::make_shared<VmFile>(system, system->create_vm())});
+}
+
+}  // namespace lodge::kvm::preload

@@ -1,0 +1,87 @@
+#include "kvm/soft/mmu/write_guard.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include "kvm/soft/mmu/memory_map.hpp"
+
+namespace lodge::kvm::soft {
+namespace {
+
+// Signal handlers have no other way to their context.
+struct Registry {
+  std::atomic<unsigned> count{0};
+  std::mutex mutex;
+  std::vector<GuardedMemory*> memories;
+};
+Registry& registry() noexcept {
+  // Never destroyed: a store may fault while the process exits.
+  alignas(Registry) static std::byte home[sizeof(Registry)];
+  static Registry* const one = new (home) Registry;
+  return *one;
+}
+
+// Calls visit(slot, first page, last page) for the part of each slot that lies in the range.
+template <class Visit>
+void for_slots(uint64_t address, uint64_t size, const Visit& visit) noexcept {
+  if (registry().count.load(std::memory_order_acquire) == 0 || size == 0) return;
+  const std::lock_guard lock(registry().mutex);
+  for (GuardedMemory* memory : registry().memories) {
+    const auto map = memory->guarded_memory();
+    for (const auto& slot : map->slots) {
+      const auto base = reinterpret_cast<uint64_t>(slot->host);
+      if (address >= base + slot->size || address + size <= base) continue;
+      const uint64_t first = std::max(address, base) - base;
+      const uint64_t last = std::min(address + size, base + slot->size) - 1 - base;
+      visit(*slot, first >> page_shift, last >> page_shift);
+    }
+  }
+}
+
+// Another thread may have opened the page between the fault and now; then the store has only to be tried
+// again. When that does not help the page is protected by somebody else, and the fault is not ours.
+bool worth_another_try(uint64_t address) noexcept {
+  constexpr unsigned patience = 100;
+  static thread_local uint64_t last = 0;
+  static thread_local unsigned tries = 0;
+  if (address != last) last = address, tries = 0;
+  return ++tries < patience;
+}
+
+}  // namespace
+
+GuardRegistration::GuardRegistration(GuardedMemory& memory) : memory_(memory) {
+  const std::lock_guard lock(registry().mutex);
+  registry().memories.push_back(&memory);
+  registry().count.fetch_add(1);
+}
+
+GuardRegistration::~GuardRegistration() {
+  const std::lock_guard lock(registry().mutex);
+  std::erase(registry().memories, &memory_);
+  registry().count.fetch_sub(1);
+}
+
+bool admit_fault(uint64_t address) noexcept {
+  bool known = false;
+  bool admitted = false;
+  for_slots(address, 1, [&](Slot& slot, uint64_t page, uint64_t) {
+    known = true;
+    admitted |= slot.admit_write(page);
+  });
+  return admitted || (known && worth_another_try(address));
+}
+
+bool admit_write(uint64_t address, size_t size) noexcept {
+  bool admitted = false;
+  for_slots(address, size, [&](Slot& slot, uint64_t first, uint64_t last) {
+    for (uint64_t page = first; page <= last; ++page) admitted |= slot.admit_write(page);
+  });
+  return admitted;
+}
+
+}  // namespace lodge::kvm::soft
