@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "base/error.hpp"
 #include "vm/report.hpp"
 
 namespace lodge::vm {
@@ -60,22 +61,43 @@ Ending VirtualMachine::run() {
     collect_statistics();
     if (!event.restart) {
       backends_->flush();
-      const std::lock_guard lock(mutex_);
-      ended_ = std::chrono::steady_clock::now();
-      return event.ending;
+      return end_with(std::move(event.ending));
     }
-    // A reset is a new machine: nothing of the old one can leak into it. The old one goes first, so that
-    // memory is not needed twice.
-    {
-      std::lock_guard lock(machine_mutex_);
-      machine_.reset();
-      machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
-      machine_->set_paused(paused());
+    if (auto failure = rebuild()) {
+      backends_->flush();
+      return end_with(std::move(*failure));
     }
     std::lock_guard lock(mutex_);
     resets_++;
     if (event_->restart) event_.reset();  // else somebody has ended the VM in the meantime
   }
+}
+
+// A reset is a new machine: nothing of the old one can leak into it. The old one goes first, so that memory
+// is not needed twice. Its guest may have left a disk without a kernel: that is an ending like others.
+std::optional<Ending> VirtualMachine::rebuild() {
+  const std::lock_guard lock(machine_mutex_);
+  machine_.reset();
+  const auto failed = [](Ending::Cause cause, const std::exception& error) {
+    return Ending{
+        .cause = cause,
+        .message = fmt::format("the guest reset the machine, which cannot start again: {}", error.what())};
+  };
+  try {
+    machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+    machine_->set_paused(paused());
+  } catch (const UsageError& error) {
+    return failed(Ending::Cause::no_restart, error);
+  } catch (const std::exception& error) {
+    return failed(Ending::Cause::host_failure, error);
+  }
+  return std::nullopt;
+}
+
+Ending VirtualMachine::end_with(Ending ending) {
+  const std::lock_guard lock(mutex_);
+  ended_ = std::chrono::steady_clock::now();
+  return ending;
 }
 
 void VirtualMachine::start_vcpus() {

@@ -31,7 +31,7 @@ class VirtualMachine final : public machine::Power {
   ~VirtualMachine() override;
 
   // Runs until the VM ends. Once; from one thread. Throws std::system_error when the host has no threads
-  // left, or refuses to build the machine anew for a reset.
+  // left.
   Ending run();
 
   // From any thread, also before run().
@@ -70,6 +70,8 @@ class VirtualMachine final : public machine::Power {
     Ending ending;
   };
 
+  std::optional<Ending> rebuild();
+  Ending end_with(Ending ending);
   void post(Event event) noexcept;
   void restart_or(Ending::Cause cause, std::string message = {}) noexcept;
   void start_vcpus();

@@ -71,6 +71,21 @@ TEST_P(Run, ResetStartsTheKernelAnew) {
   EXPECT_EQ(process.wait_exit(patience), 10);
 }
 
+// As when a guest has removed the kernel from the disk that it was booted from.
+TEST_P(Run, AResetWithoutAKernelEndsWithAReason) {
+  const std::string kernel = testing::TempDir() + "lodge-kernel-" + std::to_string(::getpid());
+  std::filesystem::copy_file(LODGE_GUEST, kernel, std::filesystem::copy_options::overwrite_existing);
+  Process process(
+      {LODGE_BINARY, "run", "--kernel", kernel, "--memory", "16M", "--accel", GetParam(), "--append", "r"});
+  EXPECT_TRUE(process.wait_output("reset?\nreset?\n", patience)) << process.out() << process.err();
+  std::filesystem::remove(kernel);
+  EXPECT_EQ(process.wait_exit(patience), 16) << process.err();
+  EXPECT_THAT(process.err(),
+              testing::StartsWith("lodge: the guest reset the machine, which cannot start again: "));
+  EXPECT_THAT(process.err(), HasSubstr(kernel));
+  EXPECT_EQ(std::ranges::count(process.err(), '\n'), 1) << process.err();
+}
+
 TEST_P(Run, TripleFaultIsTold) {
   const Result result = run("t", {"--no-reboot"});
   EXPECT_EQ(result.status, 6) << result.err;
