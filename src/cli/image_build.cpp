@@ -7,13 +7,13 @@
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
 #include "base/fd.hpp"
 #include "cli/commands.hpp"
 #include "cli/image_report.hpp"
+#include "cli/seed_options.hpp"
 
 namespace lodge::cli {
 namespace {
@@ -71,24 +71,11 @@ class WorkDirectory {
   fs::path path_;
 };
 
-// --ssh-key is a file with a public key, or the key.
-std::string read_key(const std::string& text) {
-  if (text.empty() || text.starts_with("ssh-") || text.starts_with("ecdsa-") || text.starts_with("sk-"))
-    return text;
-  std::ifstream file(text);
-  std::string key;
-  if (!std::getline(file, key) || key.empty())
-    usage_error("--ssh-key: '{}' is neither a public key nor a file with one", text);
-  if (key.find("PRIVATE KEY") != std::string::npos)
-    usage_error("--ssh-key: '{}' is a private key; give the public one, {}.pub", text, text);
-  return key;
-}
-
 }  // namespace
 
 int build_image(const ImageCommand& command) {
   distribution::DebianDisk disk = command.disk;
-  disk.ssh_key = read_key(disk.ssh_key);
+  if (!disk.ssh_key.empty()) disk.ssh_key = read_key(disk.ssh_key);
   disk.size = command.size;
   distribution::check(disk);
   if (fs::exists(command.file))

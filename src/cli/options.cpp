@@ -19,6 +19,7 @@ constexpr const char* footer = R"(
 Examples:
   lodge run debian.qcow2
   lodge run --snapshot --memory 1G --forward 2222:22 debian.qcow2
+  lodge run --hostname web --ssh-key ~/.ssh/id_ed25519.pub --run "apt-get update" cloud.qcow2
   lodge run --kernel vmlinuz --initrd initramfs --append console=ttyS0
   lodge run --kernel vmlinuz --cpus 2 --memory 1G --accel soft --cpu x86-64-v3
   lodge run --machine micro --kernel vmlinuz --initrd initramfs --append "console=ttyS0 quiet"
@@ -187,6 +188,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "a watchdog (Linux: module wdat_wdt, /dev/watchdog0) and what it does when the guest hangs: reset, "
          "poweroff or none")
       ->type_name("ACTION");
+  describe_seed(*run, raw.seed);
   run->add_option("--name", raw.name,
                   "the machine's name, as ps shows it; gives it a control socket (lodge ctl NAME)")
       ->type_name("NAME")
@@ -227,7 +229,7 @@ Values values_of(const std::string& option) {
   if (option == "--machine") return {{"pc", "micro"}, false};
   if (option == "--engine") return {{"translate", "interpret", "lockstep"}, false};
   if (option == "--distribution") return {{"debian"}, false};
-  if (option == "--ssh-key" || option == "--output") return {{}, true};
+  if (option == "--ssh-key" || option == "--output" || option == "--user-data") return {{}, true};
   if (option == "file" || option == "--backing" || option == "--data-file") return {{}, true};
   if (option == "--format" || option == "--source-format" || option == "--backing-format")
     return {{"raw", "qcow2"}, false};
@@ -333,6 +335,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   }
   add_networks(raw, config);
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
+  add_seed(raw.seed, config);
   for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
   if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
   if (!raw.watchdog.empty()) config.devices.push_back({"watchdog", {{"action", raw.watchdog}}});

@@ -11,6 +11,7 @@
 
 #include "cli/control.hpp"
 #include "cli/image_options.hpp"
+#include "cli/seed_options.hpp"
 #include "vm/config.hpp"
 
 namespace lodge::cli {
@@ -62,6 +63,7 @@ struct RawOptions {
   std::string control, transparent_huge_pages = "auto", huge_pages;
   std::optional<unsigned> numa_node;
   bool no_balloon = false, ksm = false, preallocate = false, memory_lock = false;
+  RawSeedOptions seed;
   CtlCommand ctl;
   ListCommand list;
   KvmCommand kvm;

@@ -30,6 +30,10 @@ class Backends {
   // The disk image at `path`, opened at its first use. It stays open over machine resets, so that a temporary
   // overlay keeps what the guest has written. Throws UsageError, also when a device has it.
   std::shared_ptr<block::Image> open_disk(const std::string& path, const block::OpenOptions& options);
+  // Gives devices an image that is no file by this path, from now on.
+  void add_disk(const std::string& path, std::shared_ptr<block::Image> image) {
+    disks_[path] = std::move(image);
+  }
   // The image that a device has opened by this path. Throws UsageError when none has.
   block::Image& disk(const std::string& path);
   // The network that `config` describes. It outlives machine resets. Throws UsageError.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -10,6 +11,7 @@
 
 #include "kvm/soft/options.hpp"
 #include "machine/memory.hpp"
+#include "vm/seed.hpp"
 
 namespace lodge::vm {
 
@@ -34,7 +36,7 @@ struct VmConfig {
   std::string name = "lodge";
   std::string kernel;                // path; empty: the one on boot_disk
   std::string boot_disk;             // of a virtio-blk in devices, as its file= names it
-  bool seeded = false;               // a disk with cloud-init's settings is there: boot_disk must have that
+  std::optional<Seed> seed;          // for cloud-init, which boot_disk must have; on the disk file=seed_file
   std::vector<std::string> initrds;  // paths: joined to one initramfs; multiboot: modules, "path arguments"
   std::string append;                // the kernel's command line
   unsigned cpus = 1;

@@ -198,7 +198,7 @@ void Machine::describe(const VmConfig& config) {
 machine::boot::BootState Machine::load_from_disk(const VmConfig& config, machine::boot::Request request) {
   const auto files =
       guestfs::find_boot_files(backends_.disk(config.boot_disk), config.boot_disk, memory_.size());
-  if (config.seeded && !files.cloud_init) {
+  if (config.seed && !files.cloud_init) {
     usage_error(
         "{}: the system on this disk has no cloud-init, which --user-data, --ssh-key, --hostname and --run "
         "need; 'lodge image build' takes --package cloud-init, and --ssh-key and --hostname itself",

@@ -33,6 +33,7 @@ constexpr std::chrono::seconds statistics_patience(1);
 VirtualMachine::VirtualMachine(VmConfig config, std::unique_ptr<kvm::System> system,
                                std::unique_ptr<Backends> backends)
     : config_(std::move(config)), system_(std::move(system)), backends_(std::move(backends)) {
+  if (config_.seed) backends_->add_disk(seed_file, seed_image(*config_.seed));
   machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
 }
 

@@ -71,6 +71,22 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
   micro_refused({"--device", "pcie-root-port,id=a"}, "--machine micro has no PCI");
   micro_refused({"--serial", "null", "--serial", "null"}, "--machine micro has one serial port");
 }
+TEST_F(BadInput, SettingsForCloudInit) {
+  run_refused({"--hostname", "My Host"}, "--hostname: ");
+  run_refused({"--user-data", dir_ + "/none"}, "--user-data: ");
+  run_refused({"--user-data", "/dev/zero"}, "--user-data: ");
+  run_refused({"--user-data", file("data", "#!/bin/sh\n"), "--run", "true"}, "--run: ");
+  run_refused({"--ssh-key", file("key", "-----BEGIN OPENSSH PRIVATE KEY-----\n")}, "is a private key");
+}
+TEST_F(BadInput, SettingsForASystemWithoutCloudInit) {
+  const std::string tree = dir_ + "/tree", disk = dir_ + "/disk";
+  std::filesystem::create_directories(tree + "/boot");
+  std::filesystem::copy_file(LODGE_GUEST, tree + "/boot/vmlinuz-1");
+  const auto made =
+      testing_support::run({"/sbin/mke2fs", "-q", "-t", "ext4", "-d", tree, disk, "8M"}, Seconds(60));
+  ASSERT_EQ(made.status, 0) << made.err;
+  refused({"run", "--accel", accelerator, "--hostname", "web", disk}, "has no cloud-init");
+}
 TEST_F(BadInput, APciSlotThatIsTaken) {
   run_refused({"--device", "virtio-rng,slot=5", "--device", "virtio-balloon,addr=5"}, "taken by virtio-rng");
 }

@@ -6,6 +6,7 @@
 #include <fstream>
 
 #include "block/temporary_directory.hpp"
+#include "guestfs/iso9660.hpp"
 #include "system/guest.hpp"
 #include "system/http_server.hpp"
 
@@ -19,27 +20,36 @@ using testing_support::run;
 class Debian : public Boot {
  protected:
   static std::string disk() { return guest("debian") + "/debian.qcow2"; }
+  // A disk of its own for one test, with what `name`'s has.
+  static void make_overlay(const std::string& name, const std::string& overlay) {
+    const auto made =
+        run(lodge({"image", "create", "--backing", guest(name) + "/debian.qcow2", overlay}), answer_patience);
+    ASSERT_EQ(made.status, 0) << made.err;
+  }
 
   static std::vector<std::string> lodge(std::vector<std::string> arguments) {
     arguments.insert(arguments.begin(), LODGE_BINARY);
     return arguments;
   }
-  static void log_in(Process& process) {
-    ASSERT_TRUE(process.wait_output("lodge login: ", boot_patience)) << process.out() << process.err();
+  static void log_in(Process& process, const std::string& hostname = "lodge") {
+    ASSERT_TRUE(process.wait_output(hostname + " login: ", boot_patience)) << process.out() << process.err();
     process.send("root\n");
     ASSERT_TRUE(process.wait_output("Password: ", boot_patience)) << process.out();
     process.send("lodge\n");
-    ASSERT_TRUE(process.wait_output("root@lodge:~# ", boot_patience)) << process.out();
+    ASSERT_TRUE(process.wait_output("root@" + hostname + ":~# ", boot_patience)) << process.out();
   }
-  // With the key that the image was built for.
-  static void log_in_by_ssh(uint16_t port) {
+  // With the key that was made for the guest `name`.
+  static void log_in_by_ssh(uint16_t port, const std::string& name = "debian",
+                            const std::string& hostname = "lodge") {
     if (!std::filesystem::exists("/usr/bin/ssh")) return;
-    const auto ssh = run({"/usr/bin/ssh", "-i", guest("debian") + "/key", "-p", std::to_string(port), "-o",
-                          "BatchMode=yes", "-o", "StrictHostKeyChecking=no", "-o",
-                          "UserKnownHostsFile=/dev/null", "root@127.0.0.1", "hostname"},
-                         boot_patience);
-    EXPECT_EQ(ssh.out, "lodge\n") << ssh.err;
+    const auto ssh = run(
+        {"/usr/bin/ssh", "-i", guest(name) + "/key", "-p", std::to_string(port), "-o", "BatchMode=yes", "-o",
+         "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "root@127.0.0.1", "hostname"},
+        boot_patience);
+    EXPECT_EQ(ssh.out, hostname + "\n") << ssh.err;
   }
+  // A port of the host's that was free a moment ago.
+  static uint16_t free_port() { return HttpServer("").port(); }
   // Types a command and waits for its end; `mark` is a number that no other call has.
   static void type(Process& process, const std::string& command, int mark) {
     process.send(fmt::format("{}; echo mark=$(({}+1))\n", command, mark - 1));
@@ -47,21 +57,29 @@ class Debian : public Boot {
   }
 };
 
+// As cloud-init's settings come on: Linux reads what this tree writes.
+void write_volume(const std::string& path) {
+  const auto volume = guestfs::make_iso9660("CIDATA", {{"user-data", "two\n"}, {"meta-data", "one\n"}});
+  std::ofstream(path, std::ios::binary)
+      .write(reinterpret_cast<const char*>(volume.data()), static_cast<std::streamsize>(volume.size()));
+}
+
 TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   NEEDS_GUEST("debian");
   const block::TemporaryDirectory directory;
   const std::string overlay = directory / "overlay.qcow2";
-  ASSERT_EQ(run(lodge({"image", "create", "--backing", disk(), overlay}), answer_patience).status, 0);
+  make_overlay("debian", overlay);
   std::string file;
   for (uint32_t i = 0; i < 1 << 20; i++) file += static_cast<char>(i * 2654435761u >> 24);
   std::ofstream(directory / "file") << file;
   const std::string sum = run({"/usr/bin/sha256sum", directory / "file"}, answer_patience).out.substr(0, 64);
   const HttpServer server(file);
-  uint16_t port = 0;
-  { port = HttpServer("").port(); }  // one that was free a moment ago
+  const uint16_t port = free_port();
+  const std::string volume = directory / "volume";
+  write_volume(volume);
 
-  Process process(lodge(
-      {"run", "--accel", "soft", "--memory", "768M", "--forward", fmt::format("{}:22", port), overlay}));
+  Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--forward",
+                         fmt::format("{}:22", port), "--disk", volume + ",readonly", overlay}));
   log_in(process);
   type(process, "for i in $(seq 300); do ip -4 -o address | grep 10.0.2.15 && break; sleep 0.2; done", 101);
   type(process, fmt::format("wget -q -O file http://10.0.2.2:{}/file; sha256sum file", server.port()), 102);
@@ -72,6 +90,10 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
        "--do_verify=1 --end_fsync=1 >fio.log; echo fio=$?; rm /var/tmp/verify",
        103);
   EXPECT_THAT(process.out(), HasSubstr("fio=0"));
+  type(process,
+       "blkid -o value -s LABEL /dev/vdb; mount -o ro /dev/vdb /mnt && (cd /mnt; cat *; echo *); umount /mnt",
+       105);
+  EXPECT_THAT(process.out(), HasSubstr("CIDATA\r\none\r\ntwo\r\nmeta-data user-data"));
   type(process, "systemctl is-system-running --wait; systemctl --failed", 104);
   EXPECT_THAT(process.out(), HasSubstr("0 loaded units listed")) << process.out();
   log_in_by_ssh(port);
@@ -84,6 +106,38 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   ASSERT_EQ(run(lodge({"image", "convert", "--format", "raw", overlay, raw}), boot_patience).status, 0);
   const auto fsck = run({"/usr/sbin/e2fsck", "-fn", raw + "?offset=1048576"}, boot_patience);
   EXPECT_EQ(fsck.status, 0) << fsck.out << fsck.err;
+}
+
+// With the guest of `scripts/fetch-guests cloud-init`, which is not fetched unasked.
+TEST_F(Debian, CloudInitTakesItsSettings) {
+  NEEDS_GUEST("cloud-init");
+  const block::TemporaryDirectory directory;
+  const std::string overlay = directory / "overlay.qcow2", key = guest("cloud-init") + "/key.pub";
+  make_overlay("cloud-init", overlay);
+  const uint16_t port = free_port();
+  {
+    Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--forward",
+                           fmt::format("{}:22", port), "--hostname", "web", "--ssh-key", key, "--run",
+                           "echo \"it: ran\" >>/root/ran", "--run", "echo twice >>/root/ran", overlay}));
+    log_in(process, "web");
+    type(process, "cloud-init status --wait; cat ran", 201);
+    EXPECT_THAT(process.out(), HasSubstr("status: done"));
+    EXPECT_THAT(process.out(), HasSubstr("it: ran\r\ntwice\r\n"));
+    log_in_by_ssh(port, "cloud-init", "web");
+    process.send("poweroff\n");
+    EXPECT_EQ(process.wait_exit(boot_patience), 0) << process.out() << process.err();
+  }
+  // Other settings are applied to the same disk, and none are needed for what is set already.
+  const std::string user_data = directory / "user-data";
+  std::ofstream(user_data)
+      << "#cloud-config\nwrite_files: [{path: /root/written, content: \"by cloud-init\\n\"}]\n";
+  Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--hostname", "other", "--user-data",
+                         user_data, overlay}));
+  log_in(process, "other");
+  type(process, "cloud-init status --wait; cat ran written", 202);
+  EXPECT_THAT(process.out(), HasSubstr("it: ran\r\ntwice\r\nby cloud-init\r\n"));
+  process.send("poweroff\n");
+  EXPECT_EQ(process.wait_exit(boot_patience), 0) << process.out() << process.err();
 }
 
 }  // namespace
