@@ -74,7 +74,7 @@ class Console:
         self._lines: list[Line] = []
         self._seen: list[str] = []
         self._ended = False
-        self.cpu_seconds = 0.0  # of the process, after finish()
+        self.cpu_seconds = 0.0  # of the process, after finish() or end()
 
     def __enter__(self) -> "Console":
         return self
@@ -144,6 +144,23 @@ class Console:
             if self._ended or time.monotonic() >= end:
                 raise MachineFailed(self._report("no prompt"))
             self._pump(end - time.monotonic())
+
+    def until_prompt(self, text: str, limit: float) -> list[Line]:
+        """Waits for a line that begins with `text` and has no end yet; the lines before it."""
+        self.prompt(text, limit)
+        lines, self._lines = self._lines, []
+        return lines
+
+    def terminate(self) -> None:
+        """SIGTERM; for `lodge run` that is the guest's power button."""
+        self._process.terminate()
+
+    def end(self) -> None:
+        """Kills the process and takes what it has used."""
+        self._process.kill()
+        _, status, usage = os.wait4(self.pid, 0)
+        self._process.returncode = os.waitstatus_to_exitcode(status)
+        self.cpu_seconds = usage.ru_utime + usage.ru_stime
 
     def finish(self, limit: float) -> float:
         """The seconds from the start to the end by itself. Raises MachineFailed when that was not a success."""
