@@ -42,8 +42,8 @@ if [ -n "$LODGE_SSH_KEY" ]; then
   chmod 600 "$root/root/.ssh/authorized_keys"
 fi
 if [ -d "$root/etc/cloud/cloud.cfg.d" ]; then
-  # Its settings come on a disk or not at all: it need not ask the network, nor set that up.
-  printf 'datasource_list: [NoCloud, None]\nnetwork: {config: disabled}\n' >"$root/etc/cloud/cloud.cfg.d/90_lodge.cfg"
+  # Its settings come on a disk or not at all: it need not ask the network, nor set that up; and there are no locales.
+  printf 'datasource_list: [NoCloud, None]\nnetwork: {config: disabled}\nlocale: false\n' >"$root/etc/cloud/cloud.cfg.d/90_lodge.cfg"
 fi
 
 # What mmdebstrap would take away after this.
