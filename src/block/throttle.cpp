@@ -1,26 +1,11 @@
 #include "block/throttle.hpp"
 
 namespace lodge::block {
-namespace {
-
-constexpr std::chrono::milliseconds default_burst{100};
-// What one request costs, or a burst holds, at most: so that no sum leaves the clock's range.
-constexpr std::chrono::duration<double> longest{3600};
-
-}  // namespace
-
-ThrottledImage::Bucket ThrottledImage::bucket(uint64_t rate, uint64_t burst) noexcept {
-  Bucket bucket{.per_second = static_cast<double>(rate), .burst = default_burst};
-  if (rate != 0 && burst != 0)
-    bucket.burst = std::chrono::duration_cast<Clock::duration>(
-        std::min(std::chrono::duration<double>(static_cast<double>(burst) / bucket.per_second), longest));
-  return bucket;
-}
 
 ThrottledImage::ThrottledImage(std::unique_ptr<Image> image, const RateLimits& limits)
     : image_(std::move(image)),
-      operations_(bucket(limits.operations, limits.operations_burst)),
-      bytes_(bucket(limits.bytes, limits.bytes_burst)) {
+      operations_(TokenBucket::of(limits.operations, limits.operations_burst)),
+      bytes_(TokenBucket::of(limits.bytes, limits.bytes_burst)) {
   thread_ = std::thread([this] { loop(); });
 }
 
@@ -28,23 +13,13 @@ ThrottledImage::~ThrottledImage() {
   close();
 }
 
-ThrottledImage::Clock::time_point ThrottledImage::charge(Bucket& bucket, double amount,
-                                                         Clock::time_point now) noexcept {
-  if (bucket.per_second <= 0) return now;
-  const Clock::time_point start = bucket.paid_until - bucket.burst;
-  const auto cost = std::chrono::duration_cast<Clock::duration>(
-      std::min(std::chrono::duration<double>(amount / bucket.per_second), longest));
-  bucket.paid_until = std::max(bucket.paid_until, now) + cost;
-  return start;
-}
-
 void ThrottledImage::admit(uint64_t bytes, Start start) noexcept {
   {
     const std::lock_guard lock(mutex_);
     const Clock::time_point now = Clock::now();
-    const auto by_count = charge(operations_, 1, now),
-               by_size = charge(bytes_, static_cast<double>(bytes), now);
-    const auto when = std::max(by_count, by_size);
+    const auto when = std::max(operations_.free_at(), bytes_.free_at());
+    operations_.pay(1, now);
+    bytes_.pay(static_cast<double>(bytes), now);
     if (when > now || !queue_.empty()) {
       queue_.emplace_back(when, std::move(start));
       wake_.notify_one();

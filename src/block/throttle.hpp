@@ -1,10 +1,10 @@
 // Rate limits on an image.
 #pragma once
 
-#include <chrono>
 #include <deque>
 #include <thread>
 
+#include "base/token_bucket.hpp"
 #include "block/requests.hpp"
 
 namespace lodge::block {
@@ -34,25 +34,16 @@ class ThrottledImage final : public Image {
   int close() noexcept override;
 
  private:
-  using Clock = std::chrono::steady_clock;
+  using Clock = TokenBucket::Clock;
   using Start = std::move_only_function<void()>;
-  // The time until which the rate is used up, were there no bursts: it is `burst` behind when the bucket is
-  // full.
-  struct Bucket {
-    double per_second = 0;  // 0: no limit
-    Clock::duration burst{};
-    Clock::time_point paid_until{};
-  };
-  static Bucket bucket(uint64_t rate, uint64_t burst) noexcept;
 
   void admit(uint64_t bytes, Start start) noexcept;
-  Clock::time_point charge(Bucket& bucket, double amount, Clock::time_point now) noexcept;
   void loop() noexcept;
 
   std::unique_ptr<Image> image_;
   std::mutex mutex_;
   std::condition_variable wake_;
-  Bucket operations_, bytes_;
+  TokenBucket operations_, bytes_;
   std::deque<std::pair<Clock::time_point, Start>> queue_;
   bool stop_ = false;
   Inflight inflight_;

@@ -9,7 +9,6 @@
 #include <fstream>
 
 #include "base/error.hpp"
-#include "base/token_bucket.hpp"
 #include "net/testing.hpp"
 
 namespace lodge::net {
@@ -127,28 +126,6 @@ TEST(Capture, NeverWaitsForItsFile) {
   network.reset();  // nor does the end
   ::close(reader);
   ::unlink(path.c_str());
-}
-
-TEST(TokenBucket, LetsABurstPassAndThenTheRate) {
-  using namespace std::chrono_literals;
-  TokenBucket bucket(1000, 100ms);  // 100 units at once
-  TokenBucket::Clock::time_point now{1h};
-  unsigned passed = 0;
-  const auto drain = [&] {
-    for (passed = 0; bucket.free_at() <= now; passed++) bucket.pay(1, now);
-    return passed;
-  };
-  EXPECT_NEAR(drain(), 100, 2);
-  EXPECT_NEAR(drain(), 0, 1);
-  now += 50ms;
-  EXPECT_NEAR(drain(), 50, 2);
-  now += 10s;
-  EXPECT_NEAR(drain(), 100, 2);  // no more than the bucket holds
-  bucket.pay(1000, now);         // a large one is paid for afterwards
-  now += 900ms;
-  EXPECT_EQ(drain(), 0u);
-  now += 210ms;
-  EXPECT_GT(drain(), 0u);
 }
 
 // By what has passed, not by the clock alone: a loaded machine is slower than the limit, never faster.

@@ -21,8 +21,8 @@ class RateLimited final : public Interposer {
   RateLimited(std::unique_ptr<Backend> limited, const RateLimit& limit)
       : Interposer(std::move(limited)),
         timer_(::timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC)),
-        sent_(bucket(limit)),
-        received_(bucket(limit)) {
+        sent_(TokenBucket::of(limit.rate, limit.burst)),
+        received_(TokenBucket::of(limit.rate, limit.burst)) {
     if (!timer_) throw_errno("timerfd_create");
   }
   ~RateLimited() override { watch_.reset(); }
@@ -95,11 +95,6 @@ class RateLimited final : public Interposer {
     return limited.held_back() ? Received::full : result;
   }
 
-  static TokenBucket bucket(const RateLimit& limit) noexcept {
-    const auto rate = static_cast<double>(limit.rate);
-    const double burst = limit.burst != 0 ? static_cast<double>(limit.burst) / rate : 0.1;
-    return {rate, std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(burst))};
-  }
   void wake_at(Clock::time_point when) noexcept {
     const std::lock_guard lock(timer_mutex_);
     if (when >= armed_for_) return;
