@@ -82,6 +82,19 @@ std::string networks_text(const Json& counted) {
   return lines;
 }
 
+// A line for each disk.
+std::string disks_text(const Json& disks) {
+  std::string lines;
+  for (const auto& [name, disk] : disks.items()) {
+    lines += fmt::format("\n  {}: {:.0f} reads ({:.1f} MiB), {:.0f} writes ({:.1f} MiB), {:.0f} flushes",
+                         name, number(disk, "reads"), mebibytes(disk, "read_bytes"), number(disk, "writes"),
+                         mebibytes(disk, "written_bytes"), number(disk, "flushes"));
+    for (const char* rare : {"discards", "zeroes", "errors"})
+      if (number(disk, rare) != 0) lines += fmt::format(", {:.0f} {}", number(disk, rare), rare);
+  }
+  return lines;
+}
+
 }  // namespace
 
 std::string statistics_text(const Json& counted) {
@@ -101,7 +114,8 @@ std::string statistics_text(const Json& counted) {
   if (counted.contains("soft_tlb_hit_rate"))
     lines += fmt::format("\n  {:.3f} % of translated code's look-ups hit the soft TLB",
                          number(counted, "soft_tlb_hit_rate") * 100);
-  return lines + memory_text(counted) + networks_text(counted) + groups_text(part(counted, "counted"));
+  return lines + memory_text(counted) + disks_text(part(counted, "disks")) + networks_text(counted) +
+         groups_text(part(counted, "counted"));
 }
 
 }  // namespace lodge::cli

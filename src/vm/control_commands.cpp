@@ -10,14 +10,13 @@
 #include <string_view>
 
 #include "device/virtio/balloon.hpp"
-#include "device/virtio/block.hpp"
 #include "vm/input_commands.hpp"
 
 namespace lodge::vm {
 namespace {
 
 using control::allow_arguments, control::CommandError, control::Json, control::Request;
-using device::virtio::Balloon, device::virtio::Block;
+using device::virtio::Balloon;
 
 // How long a guest may take to tell its memory statistics before older ones are shown.
 constexpr std::chrono::milliseconds balloon_patience(500);
@@ -165,12 +164,11 @@ Json query_block(VirtualMachine& machine, const Request& request) {
   allow_arguments(request, {});
   Json disks = Json::array();
   machine.with_machine([&](Machine& present) {
-    unsigned nameless = 0;  // as Machine::disk() numbers them
-    for (size_t i = 0; Block* disk = present.find_device<Block>(i); i++)
-      disks.push_back({{"device", disk->name().empty() ? fmt::format("disk{}", nameless++) : disk->name()},
-                       {"format", disk->image().format()},
+    for (const auto& [name, disk] : present.disks())
+      disks.push_back({{"device", name},
+                       {"format", disk->format()},
                        {"size", disk->size()},
-                       {"readonly", disk->image().read_only()}});
+                       {"readonly", disk->read_only()}});
   });
   return disks;
 }

@@ -159,13 +159,18 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   }
 }
 
-device::Disk* Machine::disk(std::string_view name) noexcept {
+std::vector<Machine::NamedDisk> Machine::disks() {
+  std::vector<NamedDisk> found;
   unsigned nameless = 0;
-  for (const auto& mounted : optional_) {
-    device::Disk* disk = mounted->disk();
-    if (!disk) continue;
-    if (name == (disk->name().empty() ? fmt::format("disk{}", nameless++) : disk->name())) return disk;
-  }
+  for (const auto& mounted : optional_)
+    if (device::Disk* disk = mounted->disk())
+      found.push_back({disk->name().empty() ? fmt::format("disk{}", nameless++) : disk->name(), disk});
+  return found;
+}
+
+device::Disk* Machine::disk(std::string_view name) noexcept {
+  for (const NamedDisk& found : disks())
+    if (found.name == name) return found.disk;
   return nullptr;
 }
 

@@ -58,7 +58,13 @@ class Machine {
   void set_paused(bool paused) noexcept {
     for (const auto& mounted : optional_) mounted->set_paused(paused);
   }
-  // By its id, or "disk0" for the first one without and so on; null: there is none of that name.
+  // In the order of the configuration, by id, or "disk0" for the first one without and so on.
+  struct NamedDisk {
+    std::string name;
+    device::Disk* disk;
+  };
+  std::vector<NamedDisk> disks();
+  // Null: there is none of that name.
   device::Disk* disk(std::string_view name) noexcept;
 
  private:

@@ -70,6 +70,7 @@ void describe_machine(Machine& machine, Statistics& out) {
     out.networks.push_back(
         {fmt::format("{:02x}", fmt::join(counted.mac, ":")), counted.to_guest, counted.from_guest});
   }
+  for (const auto& [name, disk] : machine.disks()) out.disks.push_back({name, disk->counts()});
 }
 
 nlohmann::ordered_json statistics_json(const Statistics& counted) {
@@ -93,6 +94,11 @@ nlohmann::ordered_json statistics_json(const Statistics& counted) {
     json["networks"].push_back({{"mac", network.mac},
                                 {"to_guest", traffic_json(network.to_guest)},
                                 {"from_guest", traffic_json(network.from_guest)}});
+  for (const auto& [name, counts] : counted.disks)
+    json["disks"][name] = {{"reads", counts.reads},     {"read_bytes", counts.read_bytes},
+                           {"writes", counts.writes},   {"written_bytes", counts.written_bytes},
+                           {"flushes", counts.flushes}, {"discards", counts.discards},
+                           {"zeroes", counts.zeroes},   {"errors", counts.errors}};
   add_rates(counted, json);
   for (const kvm::Statistic& entry : counted.accelerator)
     json["counted"][entry.group][entry.name] = entry.value;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "device/disk.hpp"
 #include "kvm/kvm.hpp"
 #include "net/packet.hpp"
 
@@ -23,6 +24,10 @@ struct Statistics {
     std::string mac;
     net::Traffic to_guest, from_guest;
   };
+  struct Disk {
+    std::string name;
+    device::Disk::Counts counts;  // since the last reset
+  };
   std::string name, accelerator_name;
   std::string protocol;  // how the kernel was entered
   uint64_t port_exits = 0, memory_exits = 0, other_exits = 0;
@@ -33,6 +38,7 @@ struct Statistics {
   uint64_t memory = 0, resident = 0;  // bytes of guest RAM, and of it what the host holds
   std::optional<Balloon> balloon;
   std::vector<Network> networks;  // the cards, in the order of the configuration; since the last reset
+  std::vector<Disk> disks;
   // What the accelerator has counted, all vCPUs together.
   std::vector<kvm::Statistic> accelerator;
 };

@@ -139,6 +139,8 @@ TEST_F(Control, ADiskGrows) {
   EXPECT_EQ(run({"ctl", "db", "disk-resize", "disk0", "2M"}).status, 0);
   EXPECT_EQ(std::filesystem::file_size(disk), 2u << 20);
   EXPECT_EQ(asked({"ctl", "db", "qmp", "query-block"})[0]["size"], 2 << 20);
+  EXPECT_EQ(asked({"ctl", "db", "stats", "--json"})["disks"]["disk0"]["reads"], 0);
+  EXPECT_THAT(run({"ctl", "db", "stats"}).out, HasSubstr("\n  disk0: 0 reads (0.0 MiB), 0 writes"));
   EXPECT_THAT(run({"ctl", "db", "disk-resize", "disk0", "1M"}).err, HasSubstr("only grows"));
   process.signal(SIGQUIT);
   EXPECT_EQ(process.wait_exit(patience), 10);

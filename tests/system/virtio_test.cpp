@@ -23,8 +23,8 @@ using testing::ContainsRegex;
 
 class Virtio : public Boot {
  protected:
-  // Boots to a shell, types `script` (one line), and returns all that was printed until the guest has powered
-  // off.
+  // Boots to a shell, types `script` (one line), and returns all that the guest, and then the command,
+  // printed until the guest had powered off.
   static std::string shell(const std::string& script, std::vector<std::string> options,
                            const std::string& append = "") {
     Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell " + append, std::move(options)));
@@ -33,7 +33,7 @@ class Virtio : public Boot {
     process.send(script + "; echo script=$((40+2)); poweroff -f\n");
     EXPECT_TRUE(process.wait_output("script=42", boot_patience)) << process.out() << process.err();
     EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
-    return process.out();
+    return process.out() + process.err();
   }
 };
 
@@ -127,13 +127,21 @@ TEST_F(Virtio, DiskIsReadAndWritten) {
       "sha256sum /dev/vda; cat /sys/block/vda/serial; dd if=/dev/vda of=/tmp/a bs=1M count=4; "
       "dd if=/tmp/a of=/dev/vda bs=64k seek=64 conv=fsync; sync; echo 3 >/proc/sys/vm/drop_caches; "
       "sha256sum /dev/vda; ls /sys/block/vda/mq",
-      {"--disk", disk.path + ",serial=LODGE-1,queues=2", "--cpus", "2"});
+      {"--disk", disk.path + ",serial=LODGE-1,queues=2", "--cpus", "2", "--stats"});
   EXPECT_THAT(out, HasSubstr(before + "  /dev/vda"));
   EXPECT_THAT(out, HasSubstr("LODGE-1"));
   const std::string after = disk.sha256();
   EXPECT_NE(before, after);
   EXPECT_THAT(out, HasSubstr(after + "  /dev/vda"));
   EXPECT_THAT(out, ContainsRegex("0 +1"));
+  // Each of its 16 MiB twice at least, 4 MiB of them written; what the guest reads beside that is its own
+  // affair.
+  std::smatch counted;
+  ASSERT_TRUE(std::regex_search(
+      out, counted,
+      std::regex(R"(disk0: \d+ reads \((\d+)\.\d MiB\), \d+ writes \((.*) MiB\), \d+ flushes\n)")));
+  EXPECT_GE(std::stoi(counted[1]), 32);
+  EXPECT_EQ(counted[2], "4.0");
 }
 
 // Bytes that the host's file system holds for a file.

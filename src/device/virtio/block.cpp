@@ -27,6 +27,7 @@ constexpr uint64_t sector_size = 512;
 
 // 5.2.6 Device operation
 enum Type : uint32_t { IN = 0, OUT = 1, FLUSH = 4, GET_ID = 8, DISCARD = 11, WRITE_ZEROES = 13 };
+constexpr uint32_t no_type = ~0u;  // the header could not be read
 enum Status : uint8_t { OK = 0, IOERR = 1, UNSUPP = 2 };
 constexpr uint8_t under_way = 0xff;  // not a status: the image has it
 struct Header {
@@ -133,6 +134,7 @@ Block::Batch Block::take(unsigned index) noexcept {
     request.queue = index;
     request.status_at = request.chain.writable_size() - 1;
     request.error = 0;
+    request.type = no_type;
     out_++, out_of_[index]++;
     batch.requests[batch.size++] = &request;
   }
@@ -162,6 +164,7 @@ uint8_t Block::begin(Request& request) noexcept {
   Header header{};
   if (request.chain.read(0, {reinterpret_cast<uint8_t*>(&header), sizeof header}) != sizeof header)
     return IOERR;
+  request.type = header.type;
   switch (header.type) {
     case IN: return transfer(request, false, header.sector);
     case OUT: return transfer(request, true, header.sector);
@@ -246,7 +249,27 @@ void Block::part_done(Request& request, int error) noexcept {
   complete(request, request.error == 0 ? OK : request.error == EOPNOTSUPP ? UNSUPP : IOERR);
 }
 
+// 5.2.6: what a request transfers is all of its chain but header and status.
+void Block::count(const Request& request, uint8_t status) noexcept {
+  if (status != OK) counts_.errors++;
+  switch (request.type) {
+    case IN:
+      counts_.reads++;
+      if (status == OK) counts_.read_bytes += request.status_at;
+      break;
+    case OUT:
+      counts_.writes++;
+      if (status == OK) counts_.written_bytes += request.chain.readable_size() - sizeof(Header);
+      break;
+    case FLUSH: counts_.flushes++; break;
+    case DISCARD: counts_.discards++; break;
+    case WRITE_ZEROES: counts_.zeroes++; break;
+    default: break;
+  }
+}
+
 void Block::complete(Request& request, uint8_t status) noexcept {
+  count(request, status);
   request.chain.write(request.status_at, {&status, 1});
   queue(request.queue).push(request.chain, static_cast<uint32_t>(request.status_at + 1));
   if (servants_[request.queue] == 0) notify(request.queue);
@@ -266,6 +289,11 @@ int Block::resize(uint64_t bytes) noexcept {
   const int error = block::resize(*image_, bytes);
   if (error == 0) resized();
   return error;
+}
+
+Disk::Counts Block::counts() const noexcept {
+  const std::lock_guard lock(mutex_);
+  return counts_;
 }
 
 void Block::resized() noexcept {

@@ -34,16 +34,19 @@ class Block final : public Device, public Disk {
 
   const std::string& name() const noexcept override { return config_.name; }
   uint64_t size() const noexcept override { return image_->size(); }
+  std::string_view format() const noexcept override { return image_->format(); }
+  bool read_only() const noexcept override { return image_->read_only(); }
+  Counts counts() const noexcept override;
   int resize(uint64_t bytes) noexcept override;
 
   // Tells the driver the image's present size.
   void resized() noexcept;
-  block::Image& image() noexcept { return *image_; }
 
  private:
   // A request on its way through the image. Its thread owns it until the image has it, then the lock.
   struct Request {
     unsigned queue = 0;
+    uint32_t type = 0;
     Chain chain;
     uint64_t status_at = 0;  // the last byte of the writable part
     unsigned parts = 0;      // requests of the image that have not completed
@@ -71,6 +74,7 @@ class Block final : public Device, public Disk {
   Batch take(unsigned queue) noexcept;
   Request& idle_request() noexcept;
   void complete(Request& request, uint8_t status) noexcept;
+  void count(const Request& request, uint8_t status) noexcept;
   // Without it.
   void issue(const Batch& batch) noexcept;
   uint8_t begin(Request& request) noexcept;
@@ -90,6 +94,7 @@ class Block final : public Device, public Disk {
   std::array<unsigned, max_queues>
       servants_{};  // threads in serve(): they interrupt for what completes meanwhile
   std::condition_variable came_back_;
+  Counts counts_;
 };
 
 }  // namespace lodge::device::virtio

@@ -208,6 +208,41 @@ TEST_P(BlockTest, RequestsCompleteInAnyOrderAndOnAnyQueue) {
   EXPECT_GE(driver.transport.queue_interrupts[1], 1u);
 }
 
+TEST_P(BlockTest, WhatHasComeBackIsCounted) {
+  const uint64_t at = driver.allocate(4096);
+  EXPECT_EQ(request(IN, 1, {{at, 1024, true}}), OK);
+  EXPECT_EQ(request(OUT, 1, {{at, 512, false}}), OK);
+  EXPECT_EQ(request(OUT, 1, {{at, 1536, false}}), OK);
+  EXPECT_EQ(request(FLUSH, 0, {}), OK);
+  EXPECT_EQ(request(GET_ID, 0, {{at, 20, true}}), OK);
+  struct {
+    uint64_t sector;
+    uint32_t sectors, flags;
+  } const range{4, 1, 0};
+  EXPECT_EQ(request(DISCARD, 0, {{driver.put_struct(range), 16, false}}), OK);
+  EXPECT_EQ(request(WRITE_ZEROES, 0, {{driver.put_struct(range), 16, false}}), OK);
+  const Disk::Counts good = block.counts();
+  EXPECT_EQ(good.reads, 1u);
+  EXPECT_EQ(good.read_bytes, 1024u);
+  EXPECT_EQ(good.writes, 2u);
+  EXPECT_EQ(good.written_bytes, 2048u);
+  EXPECT_EQ(good.flushes, 1u);
+  EXPECT_EQ(good.discards, 1u);
+  EXPECT_EQ(good.zeroes, 1u);
+  EXPECT_EQ(good.errors, 0u);
+  // What fails has moved nothing, wherever it was found out.
+  EXPECT_EQ(request(IN, 64, {{at, 512, true}}), IOERR);
+  disk->error = EIO;
+  EXPECT_EQ(request(OUT, 1, {{at, 512, false}}), IOERR);
+  EXPECT_EQ(request(99, 0, {{at, 512, true}}), UNSUPP);
+  const Disk::Counts bad = block.counts();
+  EXPECT_EQ(bad.reads, 2u);
+  EXPECT_EQ(bad.read_bytes, 1024u);
+  EXPECT_EQ(bad.writes, 3u);
+  EXPECT_EQ(bad.written_bytes, 2048u);
+  EXPECT_EQ(bad.errors, 3u);
+}
+
 TEST_P(BlockTest, AResetInMidRequestWaitsForTheDisk) {
   disk->hold = true;
   submit(IN, 1, {{driver.allocate(512), 512, true}});
