@@ -1,6 +1,7 @@
 // A real system: Debian with systemd, from the disk that `lodge image build` has made, booted by its own
 // kernel.
 #include <fmt/format.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <fstream>
@@ -50,10 +51,32 @@ class Debian : public Boot {
   }
   // A port of the host's that was free a moment ago.
   static uint16_t free_port() { return HttpServer("").port(); }
+  // Bytes that the host's file system holds for a file.
+  static uint64_t held_for(const std::string& path) {
+    struct stat status {};
+    return ::stat(path.c_str(), &status) == 0 ? static_cast<uint64_t>(status.st_blocks) * 512 : UINT64_MAX;
+  }
   // Types a command and waits for its end; `mark` is a number that no other call has.
   static void type(Process& process, const std::string& command, int mark) {
     process.send(fmt::format("{}; echo mark=$(({}+1))\n", command, mark - 1));
     ASSERT_TRUE(process.wait_output(fmt::format("mark={}", mark), boot_patience)) << process.out();
+  }
+
+  // Files come and go on the overlay's file system and on one that is made on the third disk, which is raw:
+  // fstrim gives their space back to the host.
+  static void trim(Process& process, const std::string& overlay, const std::string& raw) {
+    constexpr uint64_t MiB = 1 << 20, written = 24 * MiB, metadata = 4 * MiB;  // what else changes meanwhile
+    type(process, "mkfs.ext4 -q -E nodiscard /dev/vdc; mount /dev/vdc /mnt; sync; fstrim /; sync", 201);
+    const uint64_t before[] = {held_for(overlay), held_for(raw)};
+    type(process, "for d in /var/tmp /mnt; do dd if=/dev/urandom of=$d/big bs=1M count=24; done; sync", 202);
+    const uint64_t full[] = {held_for(overlay), held_for(raw)};
+    type(process, "rm /var/tmp/big /mnt/big; sync; fstrim / && fstrim /mnt; echo trim=$?; sync; umount /mnt",
+         203);
+    EXPECT_THAT(process.out(), HasSubstr("trim=0"));
+    for (size_t i = 0; i < 2; i++) {
+      EXPECT_GE(full[i] + metadata, before[i] + written) << i;
+      EXPECT_LE(held_for(i == 0 ? overlay : raw), full[i] - written + metadata) << i;
+    }
   }
 };
 
@@ -78,8 +101,12 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   const std::string volume = directory / "volume";
   write_volume(volume);
 
-  Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--forward",
-                         fmt::format("{}:22", port), "--disk", volume + ",readonly", overlay}));
+  const std::string third = directory / "third.raw";
+  ASSERT_EQ(run(lodge({"image", "create", "--format", "raw", third, "64M"}), answer_patience).status, 0);
+
+  Process process(
+      lodge({"run", "--accel", "soft", "--memory", "768M", "--forward", fmt::format("{}:22", port), "--disk",
+             volume + ",readonly", "--disk", third, overlay}));
   log_in(process);
   type(process, "for i in $(seq 300); do ip -4 -o address | grep 10.0.2.15 && break; sleep 0.2; done", 101);
   type(process, fmt::format("wget -q -O file http://10.0.2.2:{}/file; sha256sum file", server.port()), 102);
@@ -97,6 +124,7 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   type(process, "systemctl is-system-running --wait; systemctl --failed", 104);
   EXPECT_THAT(process.out(), HasSubstr("0 loaded units listed")) << process.out();
   log_in_by_ssh(port);
+  trim(process, overlay, third);
   process.send("poweroff\n");
   EXPECT_EQ(process.wait_exit(boot_patience), 0) << process.out() << process.err();
 
