@@ -124,11 +124,18 @@ def kept_in_page_cache(image: pathlib.Path) -> typing.Iterator[None]:
             del start
 
 
+def read_afresh(image: pathlib.Path) -> None:
+    """Everybody finds the file in the page cache as reading it in order leaves it: whether it lies there in large pieces or
+    in single pages makes copies up to three times faster, and small writes up to seven times slower."""
+    with image.open("r+b") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    subprocess.run(["cat", image], check=True, stdout=subprocess.DEVNULL)
+
+
 def measure(options: argparse.Namespace, rows: list[Row], side: str, form: str, image: pathlib.Path) -> dict[str, float]:
     """One boot, all rows."""
-    # What the side before has written goes to the disk first, and everybody finds the file in the page cache.
-    subprocess.run(["sync", image], check=True)
-    subprocess.run(["cat", image], check=True, stdout=subprocess.DEVNULL)
+    read_afresh(image)
     with contextlib.ExitStack() as stack:
         # Past the cache, a mapping would only be in the way.
         if "direct=on" not in QEMU_WAYS.get(side, ""):

@@ -18,11 +18,12 @@
 namespace lodge::block {
 namespace {
 
-// A larger write is worth another processor. A write that took 0.5 ms has waited for the disk (a page takes 1
-// us), and those after it would too: for a while they wait on other threads. A kernel that makes writers
-// pause does so for 10 to 200 ms (a thread that another has pushed aside is back before that); as the thread
-// here may be a vCPU's, it tries again only when that cost it one part in fifty.
-constexpr uint64_t at_once_bytes = 64 << 10;
+// A larger write would keep this thread for too long; two threads do not write to one file faster than one
+// does, they wait for its lock. A write that took 0.5 ms longer than its bytes need (4 KiB: 1 us) has waited
+// for the disk, and those after it would too: for a while they wait on other threads. A kernel that makes
+// writers pause does so for 10 to 200 ms (a thread that another has pushed aside is back before that); as the
+// thread here may be a vCPU's, it tries again only when that cost it one part in fifty.
+constexpr uint64_t at_once_bytes = 2 << 20;
 constexpr int64_t slow_write = 500'000, slow_period = 20'000'000, pause = 10'000'000, pause_share = 50;
 
 int64_t steady_nanoseconds() noexcept {
@@ -178,12 +179,13 @@ bool TransferEngine::complete_at_once(Transfer& t) noexcept {
     t.done(0);
     return true;
   }
-  if (t.kind != Transfer::Kind::write || total_length(t.buffers) > at_once_bytes) return false;
+  const uint64_t bytes = total_length(t.buffers);
+  if (t.kind != Transfer::Kind::write || bytes > at_once_bytes) return false;
   const int64_t begin = steady_nanoseconds();
   if (begin < slow_until_.load(std::memory_order_relaxed)) return false;
   const int error = execute(t);
   const int64_t end = steady_nanoseconds();
-  if (const int64_t took = end - begin; took > slow_write)
+  if (const int64_t took = end - begin; took > slow_write + static_cast<int64_t>(bytes / 4))
     slow_until_.store(end + (took < pause ? slow_period : took * pause_share), std::memory_order_relaxed);
   t.done(error);
   return true;

@@ -72,8 +72,8 @@ class TransferEngine {
 
  protected:
   // What the page cache can do at once is done on the caller's thread, which is faster than any hand-over:
-  // reads of what is there, and small writes, as long as the kernel does not make writers wait for the disk.
-  // True when `transfer` has been completed; otherwise it is what is left to do.
+  // reads of what is there, and writes that are not huge, as long as the kernel does not make writers wait
+  // for the disk. True when `transfer` has been completed; otherwise it is what is left to do.
   bool complete_at_once(Transfer& transfer) noexcept;
 
  private:

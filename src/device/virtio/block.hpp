@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -10,12 +11,14 @@
 
 #include "block/image.hpp"
 #include "device/disk.hpp"
+#include "device/virtio/depth.hpp"
 #include "device/virtio/device.hpp"
 
 namespace lodge::device::virtio {
 
-// Requests go to the image as they come out of the queues, on the thread that was kicked, and complete on the
-// image's threads or within the call, in any order. The device's lock is not held meanwhile.
+// Requests go to the image as they come out of the queues, and complete on the image's threads or within the
+// call, in any order. The device's lock is not held meanwhile. Where a vCPU may serve its own kick it does so
+// for a driver that waits for each answer; the loop serves one that keeps several requests out.
 class Block final : public Device, public Disk {
  public:
   struct Config {
@@ -64,13 +67,23 @@ class Block final : public Device, public Disk {
   };
 
   void serve(unsigned queue, std::unique_lock<std::mutex>& lock) noexcept override;
+  bool hands_over(unsigned queue) noexcept override { return loop_ && depth_[queue].hand_over(); }
+  void attached(EventLoop& loop) override { loop_ = &loop; }
   unsigned config_size() const noexcept override;
   void config_bytes(std::span<uint8_t> out) const noexcept override;
   void quiesce(std::unique_lock<std::mutex>& lock, int queue) noexcept override;
   void save_device(nlohmann::json& json) const override;
   void load_device(const nlohmann::json& json) override;
 
+  // What the loop still has to interrupt for.
+  struct Telling {
+    std::chrono::steady_clock::time_point last;
+    bool owed = false;
+  };
+
   // With the lock held.
+  void tell(unsigned queue, Telling& telling) noexcept;
+  bool await_more(unsigned queue, std::unique_lock<std::mutex>& lock, Telling& telling) noexcept;
   Batch take(unsigned queue) noexcept;
   Request& idle_request() noexcept;
   void complete(Request& request, uint8_t status) noexcept;
@@ -94,6 +107,8 @@ class Block final : public Device, public Disk {
   std::array<unsigned, max_queues>
       servants_{};  // threads in serve(): they interrupt for what completes meanwhile
   std::condition_variable came_back_;
+  EventLoop* loop_ = nullptr;
+  std::array<Depth, max_queues> depth_;
   Counts counts_;
 };
 

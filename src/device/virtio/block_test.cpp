@@ -314,6 +314,63 @@ TEST_P(BlockTest, ASlowRequestHoldsUpNobody) {
   EXPECT_EQ(driver.get(at, 1)[0], 1);
 }
 
+// Which thread serves: the loop, once a driver has been seen to ask for more before it knew of an answer.
+TEST_P(BlockTest, TheLoopServesADriverWithSeveralRequestsOut) {
+  EventLoop loop("test");
+  block.attach_loop(loop);
+  const uint64_t at = driver.allocate(512);
+  struct {
+    uint32_t type, reserved;
+    uint64_t sector;
+  } const header{IN, 0, 1};
+  const uint64_t head = driver.put_struct(header), status = driver.put({0xee});
+  const auto add = [&] {
+    if (driver.features & F_EVENT_IDX) driver.queues[0].interrupt_after(1);
+    driver.queues[0].submit({{head, sizeof header, false}, {at, 512, true}, {status, 1, true}});
+  };
+  std::atomic<unsigned>& interrupts = driver.transport.queue_interrupts[0];
+  std::atomic<unsigned> by_loop = 0, by_kicker = 0;
+  std::atomic<bool> go_on = true;
+  disk->before = [&](uint64_t) {
+    (loop.on_loop_thread() ? by_loop : by_kicker)++;
+    while (loop.on_loop_thread() && !go_on) std::this_thread::yield();
+  };
+  const auto ask = [&] {
+    const unsigned before = interrupts;
+    add();
+    block.notified(0);
+    while (interrupts == before) std::this_thread::yield();
+    EXPECT_TRUE(driver.used(0));
+  };
+  // Who waits for each answer serves itself; the loop is tried once in a while.
+  for (unsigned i = 0; i < Depth::first_interval + 10; i++) ask();
+  EXPECT_GE(by_loop, 1u);
+  EXPECT_GE(by_kicker, Depth::first_interval);
+  // At the next trial a second request is there before the first is answered.
+  go_on = false;
+  for (;;) {
+    const unsigned before = by_kicker;
+    add();
+    block.notified(0);
+    if (by_kicker == before) break;
+    EXPECT_TRUE(driver.used(0));
+  }
+  const uint64_t answered = block.counts().reads;
+  add();
+  go_on = true;
+  while (block.counts().reads < answered + 2) std::this_thread::yield();
+  EXPECT_TRUE(driver.used(0));
+  EXPECT_TRUE(driver.used(0));
+  by_loop = by_kicker = 0;
+  ask();
+  EXPECT_EQ(by_loop, 1u);
+  EXPECT_EQ(by_kicker, 0u);
+  // And when it waits for its answers again, that is seen, too.
+  for (unsigned i = 0; i < 1000 && by_kicker == 0; i++) ask();
+  EXPECT_GT(by_kicker, 0u);
+  block.detach_loop();
+}
+
 TEST_P(BlockTest, ConfigurationAndState) {
   std::array<uint8_t, 60> config{};
   block.read_config(0, config);

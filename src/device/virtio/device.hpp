@@ -97,7 +97,7 @@ class Device : public Savable {
   void kick(unsigned queue) noexcept;
   // The driver has written to the queue's notification register, and no doorbell took that.
   void notified(unsigned queue) noexcept {
-    if (description_.quick)
+    if (description_.quick && !hands_over(queue))
       kick(queue);
     else
       kick_later(queue);
@@ -119,6 +119,8 @@ class Device : public Savable {
   virtual void config_written(unsigned /*offset*/, std::span<const uint8_t> /*data*/) noexcept {}
   // The driver is ready: queues are active. Kicks follow for each.
   virtual void started() noexcept {}
+  // Of a quick device, without the lock: the vCPU that has kicked `queue` shall leave it to the loop.
+  virtual bool hands_over(unsigned /*queue*/) noexcept { return false; }
   // `loop` serves the queues from now on; without the lock.
   virtual void attached(EventLoop& /*loop*/) {}
   // Everything that is out must come back, or be forgotten: returns when nothing will touch guest memory for

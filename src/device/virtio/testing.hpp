@@ -2,6 +2,7 @@
 // the rules.
 #pragma once
 
+#include <atomic>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -20,7 +21,7 @@ class FakeTransport final : public Transport {
  public:
   void queue_interrupt(unsigned queue) noexcept override { queue_interrupts[queue]++; }
   void config_interrupt() noexcept override { config_interrupts++; }
-  std::map<unsigned, unsigned> queue_interrupts;
+  std::map<unsigned, std::atomic<unsigned>> queue_interrupts;
   std::atomic<unsigned> config_interrupts = 0;
 };
 
