@@ -173,9 +173,10 @@ Exit SoftVcpu::run() noexcept {
     status = outcome.leave ? outcome.status : -EINTR;
   } else {
     status = loop();
+    if (status == -EINTR) run_->exit_reason = KVM_EXIT_INTR;  // immediate_exit leaves the reason as it was
   }
   leave_guest();
-  publish(status);
+  publish();
   return Exit(*run_, status);
 }
 
@@ -198,8 +199,7 @@ void SoftVcpu::finish_exit() noexcept {
   }
 }
 
-void SoftVcpu::publish(int status) noexcept {
-  if (status == -EINTR) run_->exit_reason = KVM_EXIT_INTR;
+void SoftVcpu::publish() noexcept {
   if (run_->kvm_valid_regs != 0) give_shared_registers();
   run_->if_flag = (cpu_.system_flags & flag::if_) != 0 ? 1 : 0;
   run_->cr8 = tpr();

@@ -179,7 +179,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   void enter_guest() noexcept;
   void leave_guest() noexcept;
   void finish_exit() noexcept;
-  void publish(int status) noexcept;
+  void publish() noexcept;
   // KVM_CAP_SYNC_REGS: takes what the VMM marked in kvm_dirty_regs, 0 or -EINVAL; gives what kvm_valid_regs
   // asks for.
   int take_shared_registers() noexcept;
