@@ -21,6 +21,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/adaptive_mutex.hpp"
 #include "base/mapping.hpp"
 #include "kvm/soft/cpu/features.hpp"
 #include "kvm/soft/options.hpp"
@@ -47,7 +48,7 @@ class CodeCache {
   CodeCache(const CodeCache&) = delete;
   CodeCache& operator=(const CodeCache&) = delete;
 
-  std::mutex& mutex() noexcept { return mutex_; }
+  AdaptiveMutex& mutex() noexcept { return mutex_; }
 
   // --- vCPUs
   void attach(Translator& translator, const StateOffsets& offsets);
@@ -128,7 +129,7 @@ class CodeCache {
 
   const Options options_;
   PerfMap* const perf_map_;
-  std::mutex mutex_;
+  AdaptiveMutex mutex_;
   Mapping code_;
   std::optional<Stubs> stubs_;
   std::vector<Region> regions_;
