@@ -320,8 +320,9 @@ CONTRACT_TEST(State, ImmediateExitRunsNothing) {
 GUEST_CODE(long_sum, 64, "xor %eax, %eax; 1: add %rcx, %rax; dec %rcx; jnz 1b; out %al, $0xe0");
 CONTRACT_TEST(State, AGuestMovedBetweenVcpusGoesOn) {
   // Long enough to be stopped on the way, whether the accelerator runs a million or a billion instructions a
-  // second.
-  for (uint64_t rounds = 2000; rounds < 1'000'000'000; rounds *= 4) {
+  // second; and late enough, when a busy host keeps the thread waiting.
+  std::chrono::microseconds pause(500);
+  for (uint64_t rounds = 2000; rounds < 1'000'000'000;) {
     auto guest = test.guest();
     guest->load(long_sum);
     guest->enter(Mode::long64);
@@ -329,11 +330,18 @@ CONTRACT_TEST(State, AGuestMovedBetweenVcpusGoesOn) {
     start.rcx = rounds;
     guest->vcpu().set_regs(start);
     std::thread thread([&] { guest->vcpu().run(); });
-    std::this_thread::sleep_for(std::chrono::microseconds(500));
+    std::this_thread::sleep_for(pause);
     guest->vcpu().kick();
     thread.join();
     const auto regs = guest->vcpu().regs();
-    if (regs.rcx == 0 || regs.rcx == rounds) continue;
+    if (regs.rcx == rounds) {
+      ASSERT_LT(pause *= 2, std::chrono::seconds(10)) << "the guest does not start";
+      continue;
+    }
+    if (regs.rcx == 0) {
+      rounds *= 4;
+      continue;
+    }
     auto other = test.guest();
     other->load(long_sum);
     other->enter(Mode::long64);
