@@ -243,7 +243,7 @@ class Guest final : public Card {
       return;
     }
     if (segment.flags & TCP_SYN) {
-      stream.scale = segment.window_scale;
+      stream.scale = std::max(segment.window_scale, 0);  // -1: none
       stream.expected = segment.sequence + 1;
       stream.open = true;
       stream.edge = segment.acknowledged + segment.window;
