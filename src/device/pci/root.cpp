@@ -80,7 +80,9 @@ void Root::unplug(Function& child, bool announce) noexcept {
     if (port->holds(child)) port->unplug(announce);
 }
 
+// Ports may live longer; what is behind them has the buses and interrupt lines from here.
 Root::~Root() {
+  for (RootPort* port : port_list_) port->unplug(false);
   for (Function* function : table_)
     if (function) function->detach();
 }

@@ -263,6 +263,21 @@ TEST_F(RootPortTest, APortThatGoesLetsItsCardGo) {
   root.unplug(card, false);  // is nowhere: nothing happens
 }
 
+TEST_F(RootPortTest, ARootThatGoesLetsThePortsCardsGo) {
+  machine::Bus other_ports("port", 0x10000), other_memory("memory", uint64_t{1} << 52);
+  std::deque<device::testing::FakeInterrupt> other_lines(24);
+  RootPort other("port2", 2);
+  {
+    Root goes{other_ports, other_memory,
+              [&](unsigned gsi) -> machine::Interrupt& { return other_lines.at(gsi); }, reset};
+    goes.add_port(5, other);
+    other.plug(card, false);
+    card.set_intx(true);
+  }
+  EXPECT_FALSE(other.occupied());
+  EXPECT_FALSE(other_lines[layout::pci_gsi(5, 1)].level);
+}
+
 TEST_F(RootPortTest, CardsWithPortsDoNotFitBehindIt) {
   Card legacy(true);
   port.plug(legacy, false);
