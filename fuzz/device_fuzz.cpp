@@ -27,6 +27,7 @@
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/mmio.hpp"
 #include "device/watchdog.hpp"
+#include "input.hpp"
 #include "machine/bus.hpp"
 #include "machine/layout.hpp"
 
@@ -35,24 +36,14 @@ namespace {
 using namespace lodge;
 namespace layout = machine::layout;
 
-class Input {
+class Input : public fuzz::Bytes {
  public:
-  explicit Input(std::span<const uint8_t> data) : data_(data) {}
-  bool empty() const { return data_.empty(); }
-  uint8_t byte() {
-    if (data_.empty()) return 0;
-    uint8_t value = data_.front();
-    data_ = data_.subspan(1);
-    return value;
-  }
+  using Bytes::Bytes;
   uint64_t number(unsigned bytes) {
     uint64_t value = 0;
     for (unsigned i = 0; i < bytes; i++) value |= uint64_t{byte()} << (i * 8);
     return value;
   }
-
- private:
-  std::span<const uint8_t> data_;
 };
 
 class Line final : public machine::Interrupt {

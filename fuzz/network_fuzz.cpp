@@ -10,6 +10,7 @@
 #include <span>
 #include <vector>
 
+#include "input.hpp"
 #include "net/tcp_connection.hpp"
 #include "net/wire.hpp"
 
@@ -18,20 +19,10 @@ namespace {
 using namespace lodge;
 using namespace lodge::net;
 
-class Input {
+class Input : public fuzz::Bytes {
  public:
-  explicit Input(std::span<const uint8_t> data) : data_(data) {}
-  bool empty() const { return data_.empty(); }
-  uint8_t byte() {
-    if (data_.empty()) return 0;
-    const uint8_t value = data_.front();
-    data_ = data_.subspan(1);
-    return value;
-  }
+  using Bytes::Bytes;
   uint32_t word() { return uint32_t{byte()} << 24 | byte() << 16 | byte() << 8 | byte(); }
-
- private:
-  std::span<const uint8_t> data_;
 };
 
 constexpr uint32_t guest_start = 0xffff'f000, host_start = 0xffff'ff00;  // numbers wrap soon

@@ -9,6 +9,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "input.hpp"
 #include "share/testing.hpp"
 
 namespace {
@@ -17,16 +18,9 @@ namespace fs = std::filesystem;
 using namespace lodge::share;
 using testing::bytes_of;
 
-class Input {
+class Input : public lodge::fuzz::Bytes {
  public:
-  explicit Input(std::span<const uint8_t> data) : data_(data) {}
-  bool empty() const { return data_.empty(); }
-  uint8_t byte() {
-    if (data_.empty()) return 0;
-    const uint8_t value = data_.front();
-    data_ = data_.subspan(1);
-    return value;
-  }
+  using Bytes::Bytes;
   uint64_t number() {  // mostly small
     const uint8_t first = byte();
     if (first < 240) return first % 12;
@@ -58,9 +52,6 @@ class Input {
     while (out.size() < count) out += static_cast<char>(byte());
     return out;
   }
-
- private:
-  std::span<const uint8_t> data_;
 };
 
 class Playground {

@@ -20,6 +20,7 @@
 #include "device/virtio/network.hpp"
 #include "device/virtio/testing.hpp"
 #include "device/virtio/vsock.hpp"
+#include "input.hpp"
 #include "net/offload.hpp"
 
 namespace {
@@ -27,24 +28,14 @@ namespace {
 using namespace lodge;
 namespace virtio = device::virtio;
 
-class Input {
+class Input : public fuzz::Bytes {
  public:
-  explicit Input(std::span<const uint8_t> data) : data_(data) {}
-  bool empty() const { return data_.empty(); }
+  using Bytes::Bytes;
   uint32_t below(uint32_t limit) {
     uint32_t value = 0;
     for (uint32_t reach = 1; reach < limit && reach != 0; reach <<= 8) value = value << 8 | byte();
     return value % limit;
   }
-  uint8_t byte() {
-    if (data_.empty()) return 0;
-    const uint8_t value = data_.front();
-    data_ = data_.subspan(1);
-    return value;
-  }
-
- private:
-  std::span<const uint8_t> data_;
 };
 
 using Make = std::unique_ptr<virtio::Device> (*)(machine::GuestMemory&);
