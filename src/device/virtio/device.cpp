@@ -228,9 +228,9 @@ void Device::reset_queue(unsigned index) noexcept {
 }
 
 void Device::attach_loop(EventLoop& loop) {
+  attached(loop);  // first: the loop's thread may come as soon as a doorbell is watched
   for (unsigned i = 0; i < queues(); i++)
     watches_.push_back(loop.watch_event(kicks_[i].get(), [this, i] { kick(i); }));
-  attached(loop);
 }
 
 void Device::kick(unsigned index) noexcept {
