@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/fd.hpp"
+
 namespace lodge::kvm {
 
 // Why run() returned: a typed view of the vCPU's kvm_run. Valid until the next run().
@@ -111,18 +113,28 @@ class Vcpu {
   virtual void set_mp_state(const kvm_mp_state& state) = 0;
   virtual uint32_t tsc_khz() = 0;
   virtual void set_tsc_khz(uint32_t khz) = 0;
+  // What the guest's TSC is ahead of the host's, scaled to tsc_khz() (KVM_VCPU_TSC_OFFSET).
+  virtual uint64_t tsc_offset() = 0;
+  virtual void set_tsc_offset(uint64_t offset) = 0;
+  // Makes guest memory present as a guest's reads would, page by page; `gpa` and `size`, of whole pages,
+  // become what is left (KVM_PRE_FAULT_MEMORY). 0, also when only a part was done, or a negative errno:
+  // -ENOENT where no slot is.
+  virtual int pre_fault_memory(uint64_t& gpa, uint64_t& size) noexcept = 0;
   virtual void set_guest_debug(const kvm_guest_debug& debug) = 0;
   virtual void set_tpr_access_reporting(bool on) = 0;  // KVM_TPR_ACCESS_REPORTING
   virtual void set_vapic_addr(uint64_t gpa) = 0;       // KVM_SET_VAPIC_ADDR; 0: none
   // KVM_INTERRUPT: injects an external interrupt (no in-accelerator LAPIC). 0 or a negative errno.
   virtual int interrupt(uint32_t vector) noexcept = 0;
   virtual int nmi() noexcept = 0;
+  virtual int smi() noexcept = 0;  // KVM_SMI; a host without KVM_CAP_X86_SMM answers -EINVAL or -ENOTTY
   // KVM_TRANSLATE: guest-virtual to guest-physical with the present paging.
   virtual kvm_translation translate(uint64_t linear) = 0;
   virtual void enable_cap(const kvm_enable_cap& cap) = 0;
   // Machine-check banks (KVM_X86_SETUP_MCE), and an error in one of them (KVM_X86_SET_MCE).
   virtual void setup_mce(uint64_t capabilities) = 0;
   virtual void set_mce(const kvm_x86_mce& event) = 0;
+  // As Vm::statistics_fd(), of this vCPU.
+  virtual Fd statistics_fd() = 0;
   // What was counted on this vCPU since its creation; nothing by an accelerator that does not count.
   virtual std::vector<Statistic> statistics() { return {}; }
 };
@@ -140,7 +152,9 @@ class Vm {
 
   // Creates, moves, re-flags or (memory_size 0) removes a memory slot; also while vCPUs run: when the call
   // returns no vCPU uses the old slot any more. The caller owns the memory and keeps it mapped while the slot
-  // exists. Flags: KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY (guest writes become MMIO exits).
+  // exists. Flags: KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY (guest writes become MMIO exits). Bits 16 and up
+  // of the slot's number name the address space (KVM_CAP_MULTI_ADDRESS_SPACE): 1 is what is seen in
+  // system-management mode.
   virtual void set_user_memory_region(const kvm_userspace_memory_region& region) = 0;
   // Pages written by the guest since the last call; one bit a page, bit 0 the slot's first. Clears the log
   // unless KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is enabled.
@@ -172,11 +186,27 @@ class Vm {
   virtual void set_gsi_routing(std::span<const kvm_irq_routing_entry> entries) = 0;
   virtual void irqfd(const kvm_irqfd& irqfd) = 0;
   virtual void ioeventfd(const kvm_ioeventfd& ioeventfd) = 0;
+  // Guest writes to a zone go into the ring behind the vCPUs' shared structures (KVM_CAP_COALESCED_MMIO pages
+  // from its start) instead of leaving run(); the caller empties it before it looks at an exit
+  // (KVM_REGISTER_COALESCED_MMIO, KVM_UNREGISTER_COALESCED_MMIO).
+  virtual void register_coalesced(const kvm_coalesced_mmio_zone& zone) = 0;
+  virtual void unregister_coalesced(const kvm_coalesced_mmio_zone& zone) = 0;
+  // A descriptor of the Vm's whose one page is that ring, where Vcpu::shared_fd() does not hold it; else -1.
+  virtual int coalesced_fd() const noexcept { return -1; }
   // Whether ticks of the 8254 that the guest has missed are made up for (KVM_REINJECT_CONTROL).
   virtual void reinject_control(const kvm_reinject_control& control) = 0;
+  // Which MSRs RDMSR and WRMSR may touch; what happens to the others follows from KVM_CAP_X86_USER_SPACE_MSR
+  // (KVM_X86_SET_MSR_FILTER). The bitmaps are copied.
+  virtual void set_msr_filter(const kvm_msr_filter& filter) = 0;
+  // A new descriptor of counters in the kernel's binary form (KVM_GET_STATS_FD), readable also after the Vm.
+  virtual Fd statistics_fd() = 0;
   // The vCPU that starts by itself; 0 unless said so before the first is created.
   virtual void set_boot_cpu_id(uint32_t id) = 0;
 
+  // The frequency that vCPUs begin with, in kHz; setting 0 means the host's (KVM_SET_TSC_KHZ of a VM).
+  virtual uint32_t default_tsc_khz() = 0;
+  virtual void set_default_tsc_khz(uint32_t khz) = 0;
+  // kvmclock. With KVM_CLOCK_REALTIME what set_clock() is given is advanced by the time since `realtime`.
   virtual kvm_clock_data clock() = 0;
   virtual void set_clock(const kvm_clock_data& clock) = 0;
 };

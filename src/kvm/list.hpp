@@ -31,6 +31,12 @@ struct XsaveRegion {
 };
 static_assert(sizeof(CountHeader) == 8 && sizeof(ShortHeader) == 4 && sizeof(XsaveRegion) == 4096);
 
+// Linux 6.11; older headers lack it.
+struct PreFaultMemory {
+  uint64_t gpa = 0, size = 0, flags = 0, padding[5] = {};
+};
+constexpr uint32_t cap_pre_fault_memory = 236, cap_apic_bus_cycles_ns = 237;
+
 namespace request {
 constexpr unsigned long get_msr_index_list = _IOWR(KVMIO, 0x02, ShortHeader);
 constexpr unsigned long get_supported_cpuid = _IOWR(KVMIO, 0x05, CountHeader);
@@ -44,6 +50,7 @@ constexpr unsigned long get_cpuid2 = _IOWR(KVMIO, 0x91, CountHeader);
 constexpr unsigned long get_xsave = _IOR(KVMIO, 0xa4, XsaveRegion);
 constexpr unsigned long set_xsave = _IOW(KVMIO, 0xa5, XsaveRegion);
 constexpr unsigned long get_xsave2 = _IOR(KVMIO, 0xcf, XsaveRegion);
+constexpr unsigned long pre_fault_memory = _IOWR(KVMIO, 0xd5, PreFaultMemory);
 }  // namespace request
 
 // Memory from new[] of bytes is aligned for all of them, and bytes may hold any of them.

@@ -1,4 +1,5 @@
 // Messages, irqfd and ioeventfd.
+#include <array>
 #include <chrono>
 
 #include "base/fd.hpp"
@@ -46,6 +47,22 @@ CONTRACT_TEST(Events, AnIrqfdInterruptsAWaitingVcpu) {
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
         signal_event(event.get());
       });
+}
+
+// A driver moves a vector while the irqfd stays.
+CONTRACT_TEST(Events, AnIrqfdFollowsTheRouteWhenItChanges) {
+  for (const auto& vectors : {std::array{0x73, 0x74}, std::array{0x74, 0x73}}) {
+    auto guest = started(test, apic_wait);
+    guest->finish();
+    const Fd event = Fd::event();
+    auto route = msi_route(40, vectors[0]);
+    guest->vm().set_gsi_routing({&route, 1});
+    guest->vm().irqfd({.fd = static_cast<uint32_t>(event.get()), .gsi = 40});
+    route = msi_route(40, vectors[1]);
+    guest->vm().set_gsi_routing({&route, 1});
+    signal_event(event.get());
+    EXPECT_EQ(guest->trap().vector, static_cast<unsigned>(vectors[1]));
+  }
 }
 
 GUEST_CODE(apic_look, 64, PICS_OFF APIC "out %al, $0xe0; sti; nop; nop; out %al, $0xe0");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <system_error>
 
@@ -58,6 +59,10 @@ std::vector<Accelerator> accelerators() {
   };
 }
 
+bool is_soft(std::string_view accelerator) {
+  return accelerator != "kvm" || std::getenv("LODGE_KVM_ENGINE") != nullptr;
+}
+
 void Contract::SetUp() {
   try {
     system_ = GetParam().open();
@@ -94,7 +99,7 @@ void Contract::needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, u
 }
 
 Guest::Guest(kvm::System& system, const std::string& accelerator, const GuestConfig& config)
-    : soft_(accelerator != "kvm"), ram_(Mapping::anonymous(config.ram)), vm_(system.create_vm()) {
+    : soft_(is_soft(accelerator)), ram_(Mapping::anonymous(config.ram)), vm_(system.create_vm()) {
   vm_->set_tss_addr(0xfffbd000);
   vm_->set_user_memory_region({.slot = 0,
                                .flags = 0,

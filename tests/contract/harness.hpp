@@ -21,6 +21,7 @@
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -37,6 +38,10 @@ struct Accelerator {
 };
 // The accelerators under test: one line each.
 std::vector<Accelerator> accelerators();
+
+// Whether it is Lodge's own, of which nothing is excused: the soft accelerator, or a /dev/kvm that `lodge
+// kvm` presents to this process.
+bool is_soft(std::string_view accelerator);
 
 // The accelerator has shown that it cannot run this guest: skips the test.
 class Unable : public std::runtime_error {
@@ -155,7 +160,7 @@ class Guest {
 class Contract : public ::testing::TestWithParam<Accelerator> {
  public:
   kvm::System& system() { return *system_; }
-  bool soft() const { return std::string_view(GetParam().name) != "kvm"; }
+  bool soft() const { return is_soft(GetParam().name); }
   std::unique_ptr<Guest> guest(const GuestConfig& config = {}) {
     return std::make_unique<Guest>(*system_, GetParam().name, config);
   }

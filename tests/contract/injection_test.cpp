@@ -44,6 +44,55 @@ CONTRACT_TEST(Injection, TheInterruptWindowOpensAfterSti) {
   EXPECT_EQ(guest->trap().vector, 0x61u);
 }
 
+CONTRACT_TEST(Injection, TheWindowOpensForA8259OfTheVmmsAsWell) {
+  auto guest = test.guest({.irqchip = Irqchip::split});
+  guest->load(open_later);
+  guest->enter(Mode::long64);
+  ASSERT_TRUE(Guest::is_out(guest->run(), 0x90));
+  EXPECT_FALSE(guest->vcpu().shared().ready_for_interrupt_injection);
+  guest->vcpu().shared().request_interrupt_window = 1;
+  const auto exit = guest->run();
+  if (exit.reason() != KVM_EXIT_IRQ_WINDOW_OPEN) test.deviates("no exit: " + guest->describe(exit));
+  guest->vcpu().shared().request_interrupt_window = 0;
+  EXPECT_TRUE(guest->vcpu().shared().ready_for_interrupt_injection);
+  ASSERT_EQ(guest->vcpu().interrupt(0x61), 0);
+  EXPECT_EQ(guest->trap().vector, 0x61u);
+}
+
+// LINT0 leads the 8259's interrupts to the LAPIC: while it is masked there is no window.
+GUEST_CODE(masked_lint0, 64,
+           "mov $0xfee00000, %ebp; movl $0x1ff, 0xf0(%rbp); movl $0x10700, 0x350(%rbp); sti; nop; nop; out "
+           "%al, $0x90;"
+           "movl $0x700, 0x350(%rbp); mov $200000, %ecx; 1: dec %ecx; jnz 1b; out %al, $0xe0");
+CONTRACT_TEST(Injection, ThereIsNoWindowWhileLint0IsMasked) {
+  auto guest = test.guest({.irqchip = Irqchip::split});
+  guest->load(masked_lint0);
+  guest->enter(Mode::long64);
+  guest->vcpu().shared().request_interrupt_window = 1;
+  auto exit = guest->run();
+  ASSERT_TRUE(Guest::is_out(exit, 0x90)) << guest->describe(exit);
+  EXPECT_FALSE(guest->vcpu().shared().ready_for_interrupt_injection);
+  exit = guest->run();
+  if (exit.reason() != KVM_EXIT_IRQ_WINDOW_OPEN) test.deviates("no exit: " + guest->describe(exit));
+}
+
+// A halted vCPU with an open window does not sleep on it.
+GUEST_CODE(open_and_halt, 64, "cli; out %al, $0x90; sti; hlt; out %al, $0xe0");
+CONTRACT_TEST(Injection, AHaltedVcpuOpensTheWindow) {
+  auto guest = test.guest({.irqchip = Irqchip::split});
+  guest->load(open_and_halt);
+  guest->enter(Mode::long64);
+  ASSERT_TRUE(Guest::is_out(guest->run(), 0x90));
+  guest->vcpu().shared().request_interrupt_window = 1;
+  const auto exit = guest->run();
+  if (exit.reason() != KVM_EXIT_IRQ_WINDOW_OPEN) test.deviates("no exit: " + guest->describe(exit));
+  guest->vcpu().shared().request_interrupt_window = 0;
+  ASSERT_EQ(guest->vcpu().interrupt(0x62), 0);
+  const Trap trap = guest->trap();
+  EXPECT_EQ(trap.vector, 0x62u);
+  EXPECT_EQ(trap.rip, code_gpa + 5u);
+}
+
 CONTRACT_TEST(Injection, ASecondInterruptBeforeDeliveryIsRefused) {
   // KVM keeps one for the VMM's 8259 where it has the LAPIC itself; without either a second replaces the
   // first.
@@ -94,6 +143,17 @@ CONTRACT_TEST(Injection, AnExceptionGivenByTheVmmIsDelivered) {
   EXPECT_EQ(trap.vector, 13u);
   EXPECT_EQ(trap.error, 0x28u);
   EXPECT_EQ(trap.rip, code_gpa);
+}
+
+GUEST_CODE(open_window, 64, "sti; nop; nop; out %al, $0xe0");
+CONTRACT_TEST(Injection, StateThatIsLoadedReplacesAnInterruptThatWaits) {
+  auto guest = started(test, open_window);
+  const auto without = guest->vcpu().vcpu_events();
+  EXPECT_EQ(guest->vcpu().interrupt(0x41), 0);
+  EXPECT_EQ(guest->vcpu().vcpu_events().interrupt.injected, 1);
+  guest->vcpu().set_vcpu_events(without);
+  EXPECT_EQ(guest->vcpu().vcpu_events().interrupt.injected, 0);
+  guest->finish();
 }
 
 }  // namespace

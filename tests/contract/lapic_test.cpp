@@ -104,6 +104,63 @@ CONTRACT_TEST(Lapic, LapicStateRoundTrips) {
   EXPECT_EQ(seen, priority);
 }
 
+// The reserved bits too; not "delivery status", which is the LAPIC's own.
+GUEST_CODE(icr_with_everything, 64,
+           APIC
+           "movl $0x05ffffff, 0x310(%rbp); movl $0xa5a5f0a5, 0x300(%rbp); mov 0x300(%rbp), %eax;"
+           "mov 0x310(%rbp), %ebx; out %al, $0xe0");
+CONTRACT_TEST(Lapic, TheIcrReadsAsItWasWritten) {
+  auto guest = started(test, icr_with_everything);
+  guest->finish();
+  EXPECT_EQ(guest->vcpu().regs().rax, 0xa5a5e0a5u);
+  EXPECT_EQ(guest->vcpu().regs().rbx, 0x05000000u);
+}
+
+CONTRACT_TEST(Lapic, ALoadedStateKeepsEveryBitOfItsVectors) {
+  auto guest = started(test, apic_identity);
+  auto state = guest->vcpu().lapic();
+  constexpr unsigned irr = 0x200;
+  const uint32_t wanted = 0x8000'1234;
+  std::memcpy(state.regs + irr, &wanted, 4);
+  guest->vcpu().set_lapic(state);
+  uint32_t seen = 0;
+  std::memcpy(&seen, guest->vcpu().lapic().regs + irr, 4);
+  EXPECT_EQ(seen, wanted);
+  guest->finish();  // with interrupts off; and 0-15 are never taken
+}
+
+// A state that is loaded may belong to any mode, whatever mode the vCPU is in (QEMU's loadvm). What the guest
+// may not do, the VMM may; what no LAPIC can be in is refused to it as well.
+constexpr uint64_t base_of_boot = 0xfee00100, enabled = 0x800, extended = 0x400;
+constexpr uint64_t modes[] = {base_of_boot, base_of_boot | enabled, base_of_boot | enabled | extended};
+
+CONTRACT_TEST(Lapic, TheVmmLeadsItFromAnyModeToAnyOtherByItsMsr) {
+  test.needs_cpuid(1, &kvm_cpuid_entry2::ecx, 21, "x2APIC");
+  auto guest = started(test, apic_identity);
+  for (const uint64_t from : modes)
+    for (const uint64_t to : modes)
+      for (const uint64_t mode : {from, to}) {
+        const kvm_msr_entry entry{.index = 0x1b, .data = mode};
+        EXPECT_EQ(guest->vcpu().set_msrs({&entry, 1}), 1u) << std::hex << from << " to " << to;
+        EXPECT_EQ(guest->vcpu().sregs().apic_base, mode);
+      }
+  const kvm_msr_entry impossible{.index = 0x1b, .data = base_of_boot | extended};
+  EXPECT_EQ(guest->vcpu().set_msrs({&impossible, 1}), 0u);
+}
+
+CONTRACT_TEST(Lapic, TheVmmLeadsItFromAnyModeToAnyOtherBySpecialRegisters) {
+  test.needs_cpuid(1, &kvm_cpuid_entry2::ecx, 21, "x2APIC");
+  auto guest = started(test, apic_identity);
+  auto sregs = guest->vcpu().sregs();
+  for (const uint64_t from : modes)
+    for (const uint64_t to : modes)
+      for (const uint64_t mode : {from, to}) {
+        sregs.apic_base = mode;
+        EXPECT_NO_THROW(guest->vcpu().set_sregs(sregs)) << std::hex << from << " to " << to;
+        EXPECT_EQ(guest->vcpu().sregs().apic_base, mode);
+      }
+}
+
 // --- Timer
 
 GUEST_CODE(timer_once, 64,

@@ -1,12 +1,15 @@
 // What KVM offers to guests that know that they are guests (kernel Documentation/virt/kvm/x86/cpuid.rst,
 // msr.rst, hypercalls.rst): steal time, paravirtual EOI, TLB flush, IPIs, unhalt and yield. kvmclock is in
 // time_test.cpp.
+#include <fmt/format.h>
 #include <linux/kvm_para.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <fstream>
 
 #include "harness.hpp"
 
@@ -194,6 +197,43 @@ CONTRACT_TEST(Paravirt, StealTimeIsNoMoreThanTheTimeThatPassed) {
   const uint64_t after = guest->at<StealArea>(steal_area).steal;
   EXPECT_GE(after, before);
   EXPECT_LE(after - before, static_cast<uint64_t>(passed));
+}
+
+// What the calling thread has waited for a processor; as the host tells everybody.
+uint64_t waited_ns() {
+  std::ifstream file("/proc/thread-self/schedstat");
+  uint64_t ran = 0, waited = 0;
+  file >> ran >> waited;
+  return waited;
+}
+
+GUEST_CODE(steal_and_tell, 64, ENABLE_STEAL "1: out %al, $0xe0; jmp 1b");
+CONTRACT_TEST(Paravirt, WhatIsStolenWhileTheVmmHasTheThreadIsToldAtTheNextEntry) {
+  needs(test, KVM_FEATURE_STEAL_TIME, "steal time");
+  auto guest = test.guest({.irqchip = Irqchip::full});
+  guest->load(steal_and_tell);
+  guest->enter(Mode::long64);
+  guest->finish();
+  guest->finish();
+  const uint64_t before = guest->at<StealArea>(steal_area).steal;
+  cpu_set_t everywhere, here;
+  ASSERT_EQ(::sched_getaffinity(0, sizeof everywhere, &everywhere), 0);
+  CPU_ZERO(&here);
+  CPU_SET(::sched_getcpu(), &here);
+  ASSERT_EQ(::sched_setaffinity(0, sizeof here, &here), 0);
+  const uint64_t start = waited_ns();
+  {
+    const std::jthread thief([](const std::stop_token& stop) {  // on the same processor
+      while (!stop.stop_requested())
+        ;
+    });
+    while (waited_ns() - start < 200'000) ::sched_yield();
+  }
+  const uint64_t stolen = waited_ns() - start;
+  guest->finish();
+  ::sched_setaffinity(0, sizeof everywhere, &everywhere);
+  const uint64_t told = guest->at<StealArea>(steal_area).steal - before;
+  if (told < stolen) test.deviates(fmt::format("{} ns of {} are told", told, stolen));
 }
 
 GUEST_CODE(steal_reserved, 64, KVM_MSR(3, 0x50003) "out %al, $0xe0");

@@ -83,6 +83,59 @@ CONTRACT_TEST(Slots, AMovedSlotAnswersAtItsNewPlace) {
   EXPECT_EQ(guest->result(Mode::long64, touch_high).rax, 0x42u);
 }
 
+// KVM_CAP_MULTI_ADDRESS_SPACE: the numbers' upper half.
+void needs_second_space(Guest& guest) {
+  if (guest.vm().check_extension(KVM_CAP_MULTI_ADDRESS_SPACE) < 2)
+    throw Unable("there is one address space only");
+}
+
+CONTRACT_TEST(Slots, ASlotOfTheOtherAddressSpaceIsNotSeen) {
+  auto guest = test.guest();
+  needs_second_space(*guest);
+  const auto memory = Mapping::anonymous(0x2000);
+  set_slot(*guest, 1 << 16 | 1, high, memory);
+  guest->load(touch_high);
+  guest->enter(Mode::long64);
+  EXPECT_EQ(guest->run().reason(), KVM_EXIT_MMIO);
+}
+
+CONTRACT_TEST(Slots, AddressSpacesHaveTheirOwnNumbersAndPlaces) {
+  auto guest = test.guest();
+  needs_second_space(*guest);
+  const auto first = Mapping::anonymous(0x2000);
+  const auto second = Mapping::anonymous(0x4000);
+  first.data()[0] = 1;
+  second.data()[0] = 2;
+  set_slot(*guest, 1, high, first);
+  set_slot(*guest, 1 << 16 | 1, high, second, KVM_MEM_LOG_DIRTY_PAGES);
+  EXPECT_EQ(guest->result(Mode::long64, touch_high).rax, 1u);
+  uint64_t bitmap = 1;
+  guest->vm().get_dirty_log(1 << 16 | 1, {&bitmap, 1});
+  EXPECT_EQ(bitmap, 0u);
+  remove_slot(*guest, 1 << 16 | 1, high);
+  EXPECT_EQ(guest->result(Mode::long64, touch_high).rax, 1u);
+  EXPECT_EQ(refusal([&] { remove_slot(*guest, 1 << 16 | 1, high); }), EINVAL);
+  EXPECT_EQ(refusal([&] { set_slot(*guest, 2 << 16 | 1, high, first); }), EINVAL);
+}
+
+// Calls the same code again and again and changes its constant between, where another slot shows it.
+GUEST_CODE(write_alias, 64,
+           "mov $0x10000000, %ebx; mov $0x20000000, %esi; xor %edx, %edx; xor %ecx, %ecx;"
+           "1: call *%rbx; add %eax, %edx; test $31, %cl; jne 2f; incl 1(%rsi); 2: inc %ecx; cmp $256, %ecx; "
+           "jb 1b; out %al, $0xe0");
+CONTRACT_TEST(Slots, CodeWrittenThroughAnotherSlotOfTheSameMemoryIsNoticed) {
+  auto guest = test.guest();
+  const auto memory = Mapping::anonymous(0x2000);
+  const uint8_t code[] = {0xb8, 0, 0, 0, 0, 0xc3};  // mov $0, %eax; ret
+  std::memcpy(memory.data(), code, sizeof code);
+  set_slot(*guest, 1, high, memory);
+  set_slot(*guest, 2, 2 * high, memory);
+  // Once with 0, then 31 more times with 1, 32 times with 2 ... 7, 31 times with 8.
+  unsigned wanted = 0;
+  for (unsigned i = 0; i < 256; ++i) wanted += (i + 31) / 32;
+  EXPECT_EQ(guest->result(Mode::long64, write_alias).rdx, wanted);
+}
+
 CONTRACT_TEST(Slots, AReadOnlySlotIsReadDirectlyAndItsWritesExit) {
   auto guest = test.guest();
   const auto memory = Mapping::anonymous(0x2000);

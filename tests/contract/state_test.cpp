@@ -422,6 +422,45 @@ CONTRACT_TEST(State, ASoftwareBreakpointExitsAtItsInstruction) {
   EXPECT_EQ(exit.raw().debug.arch.pc, code_gpa + 1);
 }
 
+GUEST_CODE(touch_debug_registers, 64, "nop; mov %dr0, %rax; out %al, $0xe0");
+CONTRACT_TEST(State, ADebuggerLearnsWhoTouchesTheDebugRegisters) {
+  auto guest = test.guest();
+  guest->load(touch_debug_registers);
+  guest->enter(Mode::long64);
+  kvm_guest_debug debug{};
+  debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_USE_HW_BP;
+  debug.arch.debugreg[7] = 0x2400;  // GD
+  guest->vcpu().set_guest_debug(debug);
+  const auto exit = guest->run();
+  if (exit.reason() != KVM_EXIT_DEBUG) test.deviates("DR7.GD of the debugger: " + guest->describe(exit));
+  EXPECT_EQ(exit.raw().debug.arch.exception, 1u);
+  EXPECT_EQ(exit.raw().debug.arch.pc, code_gpa + 1) << "before the instruction";
+  EXPECT_EQ(exit.raw().debug.arch.dr6, 0xffff2ff0u);
+  guest->vcpu().set_guest_debug({});
+  guest->finish();
+}
+
+GUEST_CODE(steps_with_interrupts, 64, "sti; nop; nop; nop; cli; out %al, $0xe0");
+CONTRACT_TEST(State, ADebuggerCanKeepInterruptsOut) {
+  if ((test.system().check_extension(KVM_CAP_SET_GUEST_DEBUG2) & KVM_GUESTDBG_BLOCKIRQ) == 0)
+    throw Unable("no KVM_GUESTDBG_BLOCKIRQ");
+  auto guest = test.guest();
+  guest->load(steps_with_interrupts);
+  guest->enter(Mode::long64);
+  ASSERT_EQ(guest->vcpu().interrupt(0x50), 0);
+  ASSERT_EQ(guest->vcpu().nmi(), 0);
+  kvm_guest_debug debug{};
+  debug.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_BLOCKIRQ;
+  guest->vcpu().set_guest_debug(debug);
+  for (const uint64_t next : {1, 2, 3}) {
+    const auto exit = guest->run();
+    if (exit.reason() != KVM_EXIT_DEBUG) test.deviates("no steps: " + guest->describe(exit));
+    EXPECT_EQ(exit.raw().debug.arch.pc, code_gpa + next);
+  }
+  guest->vcpu().set_guest_debug({});
+  EXPECT_EQ(guest->trap().vector, 2u) << "both have waited";
+}
+
 GUEST_CODE(
     own_breakpoint, 64,
     "lea 1f(%rip), %rax; mov %rax, %dr0; mov $0x401, %eax; mov %rax, %dr7; nop; 1: nop; out %al, $0xe0");

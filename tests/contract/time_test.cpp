@@ -1,6 +1,8 @@
 // Time: TSC, its offset and frequency, the VM's clock and kvmclock.
 #include <chrono>
 #include <cstring>
+#include <string_view>
+#include <thread>
 
 #include "harness.hpp"
 
@@ -77,6 +79,63 @@ CONTRACT_TEST(Time, TheTscsFrequencyIsItsMeasuredOne) {
   EXPECT_LE(ticks, khz * 1.02 * milliseconds(outer_end - outer_start));
 }
 
+// A TSC of one vCPU, of the other, of the first again: in order, if they are one and the same.
+bool one_tsc(kvm::Vcpu& one, kvm::Vcpu& other) {
+  const auto read = [](kvm::Vcpu& vcpu) {
+    kvm_msr_entry tsc{.index = 0x10};
+    EXPECT_EQ(vcpu.msrs({&tsc, 1}), 1u);
+    return tsc.data;
+  };
+  for (unsigned i = 0; i < 10; ++i) {
+    const uint64_t before = read(one), middle = read(other), after = read(one);
+    if (middle < before || after < middle) return false;
+  }
+  return true;
+}
+bool one_tsc(Guest& guest) {
+  return one_tsc(guest.vcpu(0), guest.vcpu(1));
+}
+
+CONTRACT_TEST(Time, VcpusHaveOneTsc) {
+  auto guest = test.guest({.vcpus = 2});
+  EXPECT_TRUE(one_tsc(*guest));
+}
+
+// As after a migration: what was one TSC is written vCPU by vCPU, and is one TSC again. QEMU tells each its
+// frequency before.
+CONTRACT_TEST(Time, TscsThatAreWrittenOneAfterTheOtherStayOne) {
+  auto guest = test.guest({.vcpus = 2});
+  for (const uint64_t start : {uint64_t{1} << 50, uint64_t{1} << 51}) {
+    for (unsigned index = 0; index < 2; ++index) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      if (test.soft()) guest->vcpu(index).set_tsc_khz(guest->vcpu(index).tsc_khz());
+      const kvm_msr_entry tsc{.index = 0x10, .data = start + index};
+      ASSERT_EQ(guest->vcpu(index).set_msrs({&tsc, 1}), 1u);
+    }
+    if (!one_tsc(*guest)) test.deviates("TSCs that are written one after the other differ");
+    kvm_msr_entry tsc{.index = 0x10};
+    guest->vcpu().msrs({&tsc, 1});
+    if (tsc.data < start) test.deviates("a TSC is not where the VMM has set it");
+  }
+}
+
+CONTRACT_TEST(Time, VcpusOfOneFrequencyHaveOneTsc) {
+  if (test.system().check_extension(KVM_CAP_TSC_CONTROL) == 0) throw Unable("no KVM_CAP_TSC_CONTROL");
+  auto guest = test.guest({.vcpus = 2});
+  const uint32_t khz = guest->vcpu().tsc_khz() / 2;
+  for (unsigned index = 0; index < 2; ++index) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    guest->vcpu(index).set_tsc_khz(khz);
+  }
+  if (!one_tsc(*guest)) test.deviates("vCPUs that are given one frequency differ in their TSC");
+  for (unsigned index = 0; index < 2; ++index) {
+    guest->vcpu(index).set_tsc_khz(khz);
+    const kvm_msr_entry tsc{.index = 0x10, .data = uint64_t{1} << 50};
+    ASSERT_EQ(guest->vcpu(index).set_msrs({&tsc, 1}), 1u);
+  }
+  if (!one_tsc(*guest)) test.deviates("TSCs of one frequency that are written one after the other differ");
+}
+
 GUEST_CODE(disabled_tsc, 64, "rdtsc; out %al, $0xe0");
 CONTRACT_TEST(Time, Cr4TsdForbidsTheTscToUserCode) {
   auto guest = test.guest();
@@ -101,6 +160,27 @@ CONTRACT_TEST(Time, TheClockRunsFromWhereItIsSet) {
   EXPECT_LT(now, clock.clock + 5'000'000'000);
   std::this_thread::sleep_for(std::chrono::milliseconds(5));
   EXPECT_GE(guest->vm().clock().clock, now + 5'000'000);
+}
+
+CONTRACT_TEST(Time, VcpusBeginWithTheVmsFrequency) {
+  auto vm = test.system().create_vm();
+  if (vm->check_extension(KVM_CAP_VM_TSC_CONTROL) <= 0) throw Unable("no KVM_CAP_VM_TSC_CONTROL");
+  const uint32_t host = vm->default_tsc_khz(), chosen = 1'234'567;
+  vm->set_default_tsc_khz(chosen);
+  EXPECT_EQ(vm->default_tsc_khz(), chosen);
+  auto vcpu = vm->create_vcpu(0);
+  EXPECT_EQ(vcpu->tsc_khz(), chosen);
+  kvm_msr_entry tsc{.index = 0x10};
+  ASSERT_EQ(vcpu->msrs({&tsc, 1}), 1u);
+  EXPECT_LT(tsc.data, uint64_t{chosen} * 1000 * 3600) << "it begins at 0";
+  if (std::string_view(test.GetParam().name) != "lockstep") {  // of one vCPU
+    auto second = vm->create_vcpu(1);
+    EXPECT_EQ(second->tsc_khz(), chosen);
+    if (!one_tsc(*vcpu, *second)) test.deviates("the second vCPU's TSC is another");
+  }
+  vm->set_default_tsc_khz(0);
+  EXPECT_EQ(vm->default_tsc_khz(), host) << "0: the host's";
+  EXPECT_EQ(vcpu->tsc_khz(), chosen) << "of those to come, not of those there are";
 }
 
 struct TimeInfo {  // pvclock_vcpu_time_info (kernel Documentation/virt/kvm/x86/msr.rst,
@@ -135,6 +215,26 @@ CONTRACT_TEST(Time, KvmclockTellsTheVmsClock) {
   const uint64_t now = info.system_time + passed;
   EXPECT_GE(now, 5'000'000'000u);
   EXPECT_LT(now, 10'000'000'000u);
+}
+
+GUEST_CODE(kvmclock_of_another, 64,
+           "mov $0x4b564d01, %ecx; mov $0x51001, %eax; xor %edx, %edx; wrmsr; out %al, $0xe0");
+CONTRACT_TEST(Time, AClockThatIsSetIsInAllPagesBeforeAnyVcpuRuns) {
+  if (!test.soft()) throw Unable("KVM writes each page when its vCPU runs next");
+  auto guest = test.guest({.vcpus = 2});
+  guest->load(kvmclock);
+  guest->load(kvmclock_of_another, 0x9000);
+  guest->enter(Mode::long64);
+  guest->enter(Mode::long64, 1, 0x9000);
+  guest->finish();
+  guest->finish(1);
+  kvm_clock_data clock{};
+  clock.clock = 5'000'000'000'000;
+  guest->vm().set_clock(clock);
+  for (const uint64_t page : {0x50000, 0x51000}) {
+    EXPECT_GE(guest->at<TimeInfo>(page).system_time, clock.clock);
+    EXPECT_EQ(guest->at<TimeInfo>(page).version % 2, 0u);
+  }
 }
 
 GUEST_CODE(wall_clock, 64,

@@ -39,7 +39,7 @@ struct Interpreted::Machine {
     kvm_userspace_memory_region region = {};
     region.memory_size = ram_size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram);
-    map.slots.push_back(std::make_shared<Slot>(region, code_epoch));
+    map.insert(std::make_shared<Slot>(region, code_epoch));
     cpu.memory = &map;
     set_up_cpu();
   }

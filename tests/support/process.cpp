@@ -2,7 +2,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -42,22 +42,37 @@ void drain(Fd& fd, std::string& text) {
     fd.reset();
 }
 
+// In the child: `fds` become 0, 1 and 2. It dies with the thread that started it, so that a test that is
+// killed leaves nothing behind. `failure` tells why there is no such program.
+[[noreturn]] void become(char* const* argv, const std::array<int, 3>& fds, pid_t parent, int failure) {
+  ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+  if (::getppid() != parent) ::_exit(127);  // it went before
+  for (int fd = 0; fd < 3; ++fd) ::dup2(fds[static_cast<size_t>(fd)], fd);
+  ::execv(argv[0], argv);
+  const int error = errno;
+  if (::write(failure, &error, sizeof error) < 0) ::_exit(126);
+  ::_exit(127);
+}
+
 }  // namespace
 
 Process::Process(const std::vector<std::string>& arguments) {
   ::signal(SIGPIPE, SIG_IGN);
-  Pipe in, out, err;
-  posix_spawn_file_actions_t actions;
-  ::posix_spawn_file_actions_init(&actions);
-  ::posix_spawn_file_actions_adddup2(&actions, in.read.get(), 0);
-  ::posix_spawn_file_actions_adddup2(&actions, out.write.get(), 1);
-  ::posix_spawn_file_actions_adddup2(&actions, err.write.get(), 2);
+  Pipe in, out, err, failure;
   std::vector<char*> argv;
   for (const auto& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
-  const int error = ::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ);
-  ::posix_spawn_file_actions_destroy(&actions);
-  if (error) throw_errno(error, arguments[0]);
+  const pid_t parent = ::getpid();
+  pid_ = ::fork();
+  if (pid_ < 0) throw_errno("fork");
+  if (pid_ == 0)
+    become(argv.data(), {in.read.get(), out.write.get(), err.write.get()}, parent, failure.write.get());
+  failure.write.reset();
+  int error = 0;
+  if (::read(failure.read.get(), &error, sizeof error) == sizeof error) {
+    ::waitpid(pid_, nullptr, 0);
+    throw_errno(error, arguments[0]);
+  }
   input_ = std::move(in.write);
   output_ = std::move(out.read);
   errors_ = std::move(err.read);
@@ -101,6 +116,7 @@ bool Process::wait_output(std::string_view text, Seconds deadline) {
 }
 
 int Process::wait_exit(Seconds deadline) {
+  if (pid_ <= 0) return status_;
   const auto end = after(deadline);
   while (pump(end)) continue;
   for (;;) {
@@ -110,7 +126,7 @@ int Process::wait_exit(Seconds deadline) {
       cpu_seconds_ = static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
                      static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
       pid_ = -1;
-      return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+      return status_ = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
     }
     if (Clock::now() >= end) return -1;
     ::usleep(2000);  // both streams have ended: the child is about to go

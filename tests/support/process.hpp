@@ -1,5 +1,5 @@
 // A child process with pipes, for tests that drive the built programs from outside. Every wait has a
-// deadline; the child is killed when the object goes.
+// deadline; the child is killed when the object goes, and when the thread that started it does.
 #pragma once
 
 #include <sys/types.h>
@@ -29,7 +29,7 @@ class Process {
   // Reads output until stdout contains `text`; false when the deadline passes or the output ends before.
   bool wait_output(std::string_view text, Seconds deadline);
   // Reads to the end of both outputs and reaps the child: its exit status, 128 + n for signal n, -1 at the
-  // deadline.
+  // deadline. The same status when asked again.
   int wait_exit(Seconds deadline);
 
   const std::string& out() const { return out_; }
@@ -41,6 +41,7 @@ class Process {
   bool pump(std::chrono::steady_clock::time_point end);
 
   pid_t pid_ = -1;
+  int status_ = -1;
   Fd input_, output_, errors_;
   std::string out_, err_;
   double cpu_seconds_ = 0;

@@ -96,6 +96,24 @@ class HostVcpu final : public kvm::Vcpu {
   void set_tsc_khz(uint32_t khz) override {
     LODGE_IOCTL(fd_.get(), KVM_SET_TSC_KHZ, static_cast<unsigned long>(khz));
   }
+  uint64_t tsc_offset() override {
+    uint64_t offset = 0;
+    kvm_device_attr attribute = tsc_attribute(offset);
+    LODGE_IOCTL(fd_.get(), KVM_GET_DEVICE_ATTR, &attribute);
+    return offset;
+  }
+  void set_tsc_offset(uint64_t offset) override {
+    kvm_device_attr attribute = tsc_attribute(offset);
+    LODGE_IOCTL(fd_.get(), KVM_SET_DEVICE_ATTR, &attribute);
+  }
+  int pre_fault_memory(uint64_t& gpa, uint64_t& size) noexcept override {
+    PreFaultMemory range{.gpa = gpa, .size = size};
+    const int result = try_ioctl(fd_.get(), request::pre_fault_memory, &range);
+    gpa = range.gpa;
+    size = range.size;
+    return result;
+  }
+  Fd statistics_fd() override { return Fd(LODGE_IOCTL(fd_.get(), KVM_GET_STATS_FD, 0ul)); }
   void set_guest_debug(const kvm_guest_debug& debug) override {
     LODGE_IOCTL(fd_.get(), KVM_SET_GUEST_DEBUG, &debug);
   }
@@ -113,6 +131,7 @@ class HostVcpu final : public kvm::Vcpu {
     return try_ioctl(fd_.get(), KVM_INTERRUPT, &interrupt);
   }
   int nmi() noexcept override { return try_ioctl(fd_.get(), KVM_NMI, 0ul); }
+  int smi() noexcept override { return try_ioctl(fd_.get(), KVM_SMI, 0ul); }
   kvm_translation translate(uint64_t linear) override {
     kvm_translation translation{};
     translation.linear_address = linear;
@@ -124,6 +143,13 @@ class HostVcpu final : public kvm::Vcpu {
   void enable_cap(const kvm_enable_cap& cap) override { LODGE_IOCTL(fd_.get(), KVM_ENABLE_CAP, &cap); }
 
  private:
+  static kvm_device_attr tsc_attribute(uint64_t& offset) noexcept {
+    kvm_device_attr attribute{};
+    attribute.group = KVM_VCPU_TSC_CTRL;
+    attribute.attr = KVM_VCPU_TSC_OFFSET;
+    attribute.addr = reinterpret_cast<uint64_t>(&offset);
+    return attribute;
+  }
   template <class State>
   State get(unsigned long number, std::string_view name) {
     State state{};

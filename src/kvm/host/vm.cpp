@@ -132,14 +132,43 @@ class HostVm final : public kvm::Vm {
     LODGE_IOCTL(fd_.get(), KVM_IOEVENTFD, &ioeventfd);
   }
 
+  void register_coalesced(const kvm_coalesced_mmio_zone& zone) override {
+    require_coalesced(zone);
+    LODGE_IOCTL(fd_.get(), KVM_REGISTER_COALESCED_MMIO, &zone);
+  }
+
+  void unregister_coalesced(const kvm_coalesced_mmio_zone& zone) override {
+    require_coalesced(zone);
+    LODGE_IOCTL(fd_.get(), KVM_UNREGISTER_COALESCED_MMIO, &zone);
+  }
+
   void reinject_control(const kvm_reinject_control& control) override {
     LODGE_REQUIRE(fd_.get(), KVM_CAP_REINJECT_CONTROL);
     LODGE_IOCTL(fd_.get(), KVM_REINJECT_CONTROL, &control);
   }
 
+  void set_msr_filter(const kvm_msr_filter& filter) override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_X86_MSR_FILTER);
+    LODGE_IOCTL(fd_.get(), KVM_X86_SET_MSR_FILTER, &filter);
+  }
+
+  Fd statistics_fd() override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_BINARY_STATS_FD);
+    return Fd(LODGE_IOCTL(fd_.get(), KVM_GET_STATS_FD, 0ul));
+  }
+
   void set_boot_cpu_id(uint32_t id) override {
     LODGE_REQUIRE(fd_.get(), KVM_CAP_SET_BOOT_CPU_ID);
     LODGE_IOCTL(fd_.get(), KVM_SET_BOOT_CPU_ID, static_cast<unsigned long>(id));
+  }
+
+  uint32_t default_tsc_khz() override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_VM_TSC_CONTROL);
+    return static_cast<uint32_t>(LODGE_IOCTL(fd_.get(), KVM_GET_TSC_KHZ, 0ul));
+  }
+  void set_default_tsc_khz(uint32_t khz) override {
+    LODGE_REQUIRE(fd_.get(), KVM_CAP_VM_TSC_CONTROL);
+    LODGE_IOCTL(fd_.get(), KVM_SET_TSC_KHZ, static_cast<unsigned long>(khz));
   }
 
   kvm_clock_data clock() override {
@@ -155,6 +184,13 @@ class HostVm final : public kvm::Vm {
   }
 
  private:
+  void require_coalesced(const kvm_coalesced_mmio_zone& zone) const {
+    if (zone.pio != 0)
+      LODGE_REQUIRE(fd_.get(), KVM_CAP_COALESCED_PIO);
+    else
+      LODGE_REQUIRE(fd_.get(), KVM_CAP_COALESCED_MMIO);
+  }
+
   // The kernel writes one bit a page of the slot, rounded up to whole words, whatever the caller's buffer
   // holds.
   void check_bitmap(uint32_t slot, size_t words, std::string_view name) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "kvm/list.hpp"
 #include "kvm/soft/cpu/cpuid.hpp"
 #include "kvm/soft/cpu/msr.hpp"
 #include "kvm/soft/vcpu.hpp"
@@ -69,7 +70,7 @@ class SoftSystem final : public System {
 
   std::string_view name() const noexcept override { return "soft"; }
   int check_extension(uint32_t capability) const noexcept override { return soft_extension(capability); }
-  std::vector<kvm_cpuid_entry2> supported_cpuid() const override { return host_cpuid(tsc_khz_); }
+  std::vector<kvm_cpuid_entry2> supported_cpuid() const override { return host_cpuid(); }
   std::vector<uint32_t> msr_index_list() const override {
     const auto list = kvm::soft::msr_index_list();
     return {list.begin(), list.end()};
@@ -129,6 +130,7 @@ int soft_extension(uint32_t capability) noexcept {
     case KVM_CAP_XCRS:
     case KVM_CAP_GET_TSC_KHZ:
     case KVM_CAP_TSC_CONTROL:
+    case KVM_CAP_VM_TSC_CONTROL:
     case KVM_CAP_TSC_DEADLINE_TIMER:
     case KVM_CAP_READONLY_MEM:
     case KVM_CAP_SIGNAL_MSI:
@@ -141,17 +143,31 @@ int soft_extension(uint32_t capability) noexcept {
     case KVM_CAP_CHECK_EXTENSION_VM:
     case KVM_CAP_IOEVENTFD_NO_LENGTH:
     case KVM_CAP_SET_BOOT_CPU_ID:
-    case KVM_CAP_ENFORCE_PV_FEATURE_CPUID: return 1;
+    case KVM_CAP_ENFORCE_PV_FEATURE_CPUID:
+    case KVM_CAP_VCPU_ATTRIBUTES:
+    case KVM_CAP_X86_USER_SPACE_MSR:
+    case KVM_CAP_X86_MSR_FILTER:
+    case KVM_CAP_MSR_PLATFORM_INFO:
+    case KVM_CAP_BINARY_STATS_FD:
+    case KVM_CAP_X86_SMM:
+    case cap_pre_fault_memory: return 1;
+    case KVM_CAP_DISABLE_QUIRKS2: return VmSettings::quirks;
+    case cap_apic_bus_cycles_ns: return Lapic::default_bus_period_ns;
+    case KVM_CAP_COALESCED_MMIO: return CoalescedIo::page_offset;
+    case KVM_CAP_COALESCED_PIO: return 1;
     case KVM_CAP_IRQ_ROUTING: return GsiRouting::max_gsis;
-    case KVM_CAP_ADJUST_CLOCK: return KVM_CLOCK_TSC_STABLE;
+    case KVM_CAP_ADJUST_CLOCK: return KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
     case KVM_CAP_SYNC_REGS: return KVM_SYNC_X86_VALID_FIELDS;
     case KVM_CAP_MCE: return MachineCheck::max_banks;
+    case KVM_CAP_SET_GUEST_DEBUG2: return static_cast<int>(SoftVcpu::guest_debug_controls);
+    case KVM_CAP_X86_DISABLE_EXITS: return SoftVm::disableable_exits;
     case KVM_CAP_X2APIC_API: return KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: return KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
     case KVM_CAP_NR_VCPUS:
     case KVM_CAP_MAX_VCPUS:
     case KVM_CAP_MAX_VCPU_ID: return Irqchip::max_vcpus;
     case KVM_CAP_NR_MEMSLOTS: return 32764;
+    case KVM_CAP_MULTI_ADDRESS_SPACE: return AddressSpaces::count;
     default: return 0;
   }
 }

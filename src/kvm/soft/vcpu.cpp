@@ -13,6 +13,7 @@
 
 #include "base/error.hpp"
 #include "kvm/soft/cpu/kvmclock.hpp"
+#include "kvm/soft/cpu/smm.hpp"
 #include "kvm/soft/irqchip/lapic.hpp"
 #include "kvm/soft/vm.hpp"
 
@@ -20,6 +21,7 @@ namespace lodge::kvm::soft {
 namespace {
 
 constexpr uint32_t internal_delivery_event = 3;
+constexpr uint64_t dr6_general_detect = 1u << 13;  // BD: the debug registers were touched under DR7.GD
 
 // A file, so that somebody else may map the structure as well; it keeps its size, or such a mapping could
 // fault.
@@ -62,9 +64,14 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
       idle_(uint64_t{vm.options().idle_ms} * 1'000'000),
       timer_(std::make_shared<VcpuTimer>(vm.timers(), vm.tsc_khz(), [this] { post(request::timer); })),
       mp_state_(KVM_MP_STATE_RUNNABLE),
-      tsc_khz_(vm.tsc_khz()) {
-  set_tsc_offset(-__builtin_ia32_rdtsc());
-  cpu_.memory = map_.get();
+      tsc_khz_(vm.default_tsc_khz()) {
+  // The VM's ring in place of the file's own last page.
+  if (::mmap(shared_.data() + CoalescedIo::page_offset * page_size, page_size, PROT_READ | PROT_WRITE,
+             MAP_SHARED | MAP_FIXED, vm.coalesced().fd(), 0) == MAP_FAILED)
+    throw_errno("cannot map the ring of coalesced I/O");
+  place_tsc(TscLines::Cause::creation, 0);
+  cpu_.tsc_is_direct = tsc_khz_ == vm.tsc_khz();
+  choose_memory();
   decoder_.configure(cpu_.features);
   if (vm.interrupts().mode() != Irqchip::Mode::none) {
     lapic_ = &vm.interrupts().add_vcpu(id, port_);
@@ -122,7 +129,7 @@ void SoftVcpu::acknowledge_memory() noexcept {
     // Not when it was the dirty log's: the slots are the same.
     if (auto map = vm_.memory(); map != map_) {
       map_ = std::move(map);
-      cpu_.memory = map_.get();
+      choose_memory();
       blocks_.clear();
       single_.reset();
     }
@@ -143,7 +150,7 @@ void SoftVcpu::drop_write_tags(uint64_t host_page) noexcept {
 }
 
 bool SoftVcpu::event_waits() noexcept {
-  return recheck_ && (timer_->near() || nmi_pending_ || interrupts_open());
+  return recheck_ && (timer_->near() || nmi_pending_ || smi_waits() || interrupts_open());
 }
 
 bool SoftVcpu::wants_attention() noexcept {
@@ -158,6 +165,7 @@ Exit SoftVcpu::run() noexcept {
   const VcpuTimer::OnThread timer_on_thread(*timer_);
   if ((run_->kvm_dirty_regs | run_->kvm_valid_regs) != 0)
     if (const int refused = take_shared_registers(); refused != 0) return Exit(*run_, refused);
+  has_run_ = true;
   finish_exit();
   enter_guest();
   int status = 0;
@@ -177,7 +185,18 @@ Exit SoftVcpu::run() noexcept {
   }
   leave_guest();
   publish();
+  count_exit(status);
   return Exit(*run_, status);
+}
+
+void SoftVcpu::count_exit(int status) noexcept {
+  events_.count(exits);
+  if (status != 0)
+    events_.count(signal_exits);
+  else if (run_->exit_reason == KVM_EXIT_IO)
+    events_.count(io_exits);
+  else if (run_->exit_reason == KVM_EXIT_MMIO)
+    events_.count(mmio_exits);
 }
 
 // Takes over what the VMM has answered to the previous exit.
@@ -193,26 +212,26 @@ void SoftVcpu::finish_exit() noexcept {
     alone_next_ = true;
   }
   mmio_asked_ = false;
-  if (port_io_ == PortIo::asked) {
-    port_io_ = PortIo::answered;
+  for (PortIo* const access : {&port_io_, &msr_}) {
+    if (*access != PortIo::asked) continue;
+    *access = PortIo::answered;
     alone_next_ = true;
   }
 }
 
 void SoftVcpu::publish() noexcept {
   if (run_->kvm_valid_regs != 0) give_shared_registers();
+  run_->flags = cpu_.smm ? KVM_RUN_X86_SMM : 0;
   run_->if_flag = (cpu_.system_flags & flag::if_) != 0 ? 1 : 0;
   run_->cr8 = tpr();
   run_->apic_base = lapic_ != nullptr ? lapic_->apic_base() : apic_base_;
-  run_->ready_for_interrupt_injection = lapic_ == nullptr
-                                            ? interrupts_open() && external_ < 0
-                                            : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
+  run_->ready_for_interrupt_injection = vm_.interrupts().mode() == Irqchip::Mode::full || takes_injection();
 }
 
 // Some event waits until the guest can take it.
 bool SoftVcpu::something_waits() noexcept {
-  return interrupt_waiting_ || nmi_pending_ || external_ >= 0 || run_->request_interrupt_window != 0 ||
-         timer_->near();
+  return interrupt_waiting_ || nmi_pending_ || smi_waits() || external_ >= 0 ||
+         run_->request_interrupt_window != 0 || timer_->near();
 }
 
 int SoftVcpu::loop() noexcept {
@@ -249,21 +268,27 @@ Outcome SoftVcpu::service() noexcept {
   if ((bits & (request::init | request::sipi)) != 0)
     if (const Outcome outcome = take_init_and_sipi(bits); outcome.leave) return outcome;
   if ((bits & request::nmi) != 0) nmi_pending_ = true;
+  if ((bits & request::smi) != 0) smi_pending_ = true;
   if ((bits & request::clock) != 0) update_kvmclock(cpu_);
   if ((bits & request::interrupt) != 0) interrupt_waiting_ = true;
   if ((bits & request::unhalt) != 0) unhalted_ = true;
   if ((bits & request::kick) != 0) return leave_with(-EINTR);
   // An instruction whose access has been answered comes before any event.
-  if (alone_next_ && (answered_ > 0 || port_io_ == PortIo::answered)) return go_on;
+  if (alone_next_ && (answered_ > 0 || port_io_ == PortIo::answered || msr_ == PortIo::answered))
+    return go_on;
   return inject();
 }
 
 Outcome SoftVcpu::take_init_and_sipi(uint32_t bits) noexcept {
+  if (cpu_.smm) {  // INIT waits for RSM; a SIPI has nothing to start
+    init_latched_ |= (bits & request::init) != 0;
+    return go_on;
+  }
   if ((bits & request::init) != 0) {
     reset_cpu(cpu_, true);
     if (lapic_ != nullptr) lapic_->init_reset();
     cpu_.halted = false;
-    nmi_pending_ = interrupt_waiting_ = unhalted_ = false;
+    nmi_pending_ = smi_pending_ = interrupt_waiting_ = unhalted_ = false;
     const bool bsp = lapic_ == nullptr || (lapic_->apic_base() & Lapic::base_bsp) != 0;
     mp_state_ = bsp ? KVM_MP_STATE_RUNNABLE : KVM_MP_STATE_INIT_RECEIVED;
   }
@@ -278,12 +303,24 @@ bool SoftVcpu::interrupts_open() noexcept {
   return (cpu_.system_flags & flag::if_) != 0 && !cpu_.interrupt_shadow && !cpu_.pending.valid;
 }
 
+// Whether an interrupt of the VMM's 8259 would be delivered at once.
+bool SoftVcpu::takes_injection() noexcept {
+  if (!interrupts_open()) return false;
+  return lapic_ == nullptr ? external_ < 0 : lapic_->accepts_extint() && lapic_->injected_extint() < 0;
+}
+
 Outcome SoftVcpu::inject() noexcept {
-  if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return go_on;
+  if (events_blocked_ || (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED))
+    return go_on;
+  if (smi_waits() && !cpu_.interrupt_shadow) {
+    smi_pending_ = false;
+    if (!map_->space[1].empty()) return take_smi();
+    // Nobody has given the mode memory, so there is no handler: the guest cannot end itself by sending one.
+  }
   if (nmi_pending_ && !cpu_.nmi_blocked && !cpu_.interrupt_shadow) {
     nmi_pending_ = false;
     end_halt();
-    ++counts_.nmis;
+    events_.count(nmis);
     return deliver(deliver_nmi(cpu_));
   }
   if (!interrupts_open()) return go_on;
@@ -299,11 +336,24 @@ Outcome SoftVcpu::inject() noexcept {
     end_halt();
     steal_.update();
     offer_pv_eoi();
-    ++counts_.interrupts;
+    events_.count(interrupts);
     return deliver(deliver_external_interrupt(cpu_, static_cast<uint8_t>(vector)));
   }
-  if (run_->request_interrupt_window != 0 && lapic_ == nullptr) return exit_with(KVM_EXIT_IRQ_WINDOW_OPEN);
+  const bool own_pic = vm_.interrupts().mode() == Irqchip::Mode::full;
+  if (run_->request_interrupt_window != 0 && !own_pic && takes_injection())
+    return exit_with(KVM_EXIT_IRQ_WINDOW_OPEN);
   return go_on;
+}
+
+Outcome SoftVcpu::take_smi() noexcept {
+  mp_state_ = KVM_MP_STATE_RUNNABLE;
+  return enter_smm(cpu_) ? go_on : exit_with(KVM_EXIT_SHUTDOWN);
+}
+
+// What RSM makes possible again is looked at before the next instruction.
+void SoftVcpu::smm_changed() noexcept {
+  choose_memory();
+  if (!cpu_.smm) post(std::exchange(init_latched_, false) ? request::init : request::code);
 }
 
 void SoftVcpu::end_halt() noexcept {
@@ -316,13 +366,14 @@ void SoftVcpu::end_halt() noexcept {
 bool SoftVcpu::wakes() noexcept {
   if (cpu_.request.load() != 0) return true;
   if (timer_->near()) return true;
-  if (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED) return false;
-  if (nmi_pending_ && !cpu_.nmi_blocked) return true;
+  if (events_blocked_ || (mp_state_ != KVM_MP_STATE_RUNNABLE && mp_state_ != KVM_MP_STATE_HALTED))
+    return false;
+  if ((nmi_pending_ && !cpu_.nmi_blocked) || smi_waits()) return true;
   return interrupt_waiting_ && interrupts_open() && lapic_ != nullptr && lapic_->pending_vector() >= 0;
 }
 
 Outcome SoftVcpu::wait_while_halted() noexcept {
-  if (lapic_ == nullptr && mp_state_ == KVM_MP_STATE_RUNNABLE) {
+  if (lapic_ == nullptr && mp_state_ == KVM_MP_STATE_RUNNABLE && !vm_.halt_in_guest()) {
     cpu_.halted = false;
     return exit_with(KVM_EXIT_HLT);
   }
@@ -331,7 +382,7 @@ Outcome SoftVcpu::wait_while_halted() noexcept {
     end_halt();
     return go_on;
   }
-  ++counts_.halts;
+  events_.count(halts);
   leave_guest();
   const uint64_t patience = give_back_when_idle();
   sleeping_.store(true);
@@ -442,7 +493,7 @@ Outcome SoftVcpu::run_alone() noexcept {
   }
   alone_next_ = false;
   answered_ = 0;
-  port_io_ = PortIo::none;
+  port_io_ = msr_ = PortIo::none;
   if (cpu_.interrupted_access()) return after_stop();
 
   if (resumes && (cpu_.system_flags & flag::rf) != 0) cpu_.system_flags &= ~flag::rf;
@@ -472,7 +523,7 @@ Outcome SoftVcpu::after_stop() noexcept {
     // A later instruction of the block may want the VMM too. There is one kvm_run: its access is asked for
     // again when the instruction runs again.
     if (std::exchange(cpu_.wants_exit, false)) {
-      port_io_ = PortIo::none;
+      port_io_ = msr_ = PortIo::none;
       mmio_asked_ = false;
     }
     if (eoi_exit_ >= 0) {
@@ -503,8 +554,12 @@ Outcome SoftVcpu::deliver_pending() noexcept {
       cpu_.pending.valid = false;
       return debug_exit(0, which);
     }
+    if (which == Exception::db && cpu_.debug_registers && (cpu_.pending.payload & dr6_general_detect) != 0) {
+      cpu_.pending.valid = false;
+      return debug_exit(dr6_general_detect, which);
+    }
   }
-  ++counts_.exceptions;
+  events_.count(exceptions);
   return deliver(deliver_exception(cpu_));
 }
 

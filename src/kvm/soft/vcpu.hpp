@@ -4,10 +4,12 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "base/mapping.hpp"
 #include "kvm/kvm.hpp"
+#include "kvm/soft/binary_statistics.hpp"
 #include "kvm/soft/cpu/cpu.hpp"
 #include "kvm/soft/cpu/events.hpp"
 #include "kvm/soft/cpu/platform.hpp"
@@ -19,6 +21,7 @@
 #include "kvm/soft/mmu/memory_map.hpp"
 #include "kvm/soft/options.hpp"
 #include "kvm/soft/translate/translator.hpp"
+#include "kvm/soft/tsc_lines.hpp"
 #include "kvm/soft/vcpu_timer.hpp"
 
 namespace lodge::kvm::soft {
@@ -49,6 +52,10 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   void kick() noexcept override { post(request::kick); }
   kvm_run& shared() noexcept override { return *run_; }
   int shared_fd() const noexcept override { return shared_file_.get(); }
+  // What set_guest_debug() takes (KVM_CAP_SET_GUEST_DEBUG2).
+  static constexpr uint32_t guest_debug_controls = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP |
+                                                   KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_USE_HW_BP |
+                                                   KVM_GUESTDBG_BLOCKIRQ;
   static constexpr size_t shared_size = 3 * page_size;  // kvm_run, port data, coalesced accesses
 
   kvm_regs regs() override;
@@ -77,47 +84,62 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   void set_mp_state(const kvm_mp_state& state) override;
   uint32_t tsc_khz() noexcept override { return tsc_khz_; }
   void set_tsc_khz(uint32_t khz) override;
+  uint64_t tsc_offset() override { return tsc_offset_; }
+  void set_tsc_offset(uint64_t offset) override;
+  int pre_fault_memory(uint64_t& gpa, uint64_t& size) noexcept override;
   void set_guest_debug(const kvm_guest_debug& debug) override;
   void set_tpr_access_reporting(bool on) override;
   void set_vapic_addr(uint64_t gpa) override;
   int interrupt(uint32_t vector) noexcept override;
   int nmi() noexcept override;
+  int smi() noexcept override;
   kvm_translation translate(uint64_t linear) override;
   void enable_cap(const kvm_enable_cap& cap) override;
   void setup_mce(uint64_t capabilities) override;
   void set_mce(const kvm_x86_mce& event) override;
   std::vector<Statistic> statistics() override;
+  Fd statistics_fd() override;
 
   // --- for the VM, any thread ---
   void post(uint32_t bits) noexcept;
-  void post_flush() noexcept;                   // the slot table or the dirty log changed
-  void post_code_page(uint64_t host) noexcept;  // drop write tags of this page
-  bool flush_acknowledged() noexcept;           // or the vCPU is not in the guest
+  void post_flush() noexcept;                               // the slot table or the dirty log changed
+  void post_code_page(uint64_t host) noexcept;              // drop write tags of this page
+  void write_clock_page(const MemoryMap& memory) noexcept;  // while slots stay as they are
+  bool flush_acknowledged() noexcept;                       // or the vCPU is not in the guest
   // Does what was posted; own thread.
   void acknowledge_memory() noexcept;
 
  private:
   // Platform
   bool read_apic_msr(uint32_t index, uint64_t& value) noexcept override;
-  bool write_apic_msr(uint32_t index, uint64_t value) noexcept override;
+  bool write_apic_msr(uint32_t index, uint64_t value, bool host_initiated) noexcept override;
   uint8_t tpr() noexcept override;
   void set_tpr(uint8_t tpr) noexcept override;
   bool apic_enabled() noexcept override;
   bool x2apic_enabled() noexcept override;
   uint64_t tsc() noexcept override { return guest_tsc(); }
   void set_tsc(uint64_t value) noexcept override;
+  void synchronize_tsc(uint64_t value) noexcept override;
   uint64_t kvmclock_ns() noexcept override;
   ClockPair clock_pair() noexcept override;
   uint64_t wall_ns() noexcept override;
-  bool exit_for_msr(uint32_t index, bool write, uint64_t value) noexcept override;
+  const VmSettings& settings() const noexcept override;
+  bool exit_for_msr(uint32_t index, bool write, uint64_t value, uint32_t reason) noexcept override;
+  std::optional<MsrAnswer> msr_answer() noexcept override;
   void paravirt_changing() noexcept override { settle_pv_eoi(); }
   void paravirt_changed() noexcept override {
     if (in_guest_.load()) steal_.start();
   }
+  void smm_changed() noexcept override;
+  void shutdown() noexcept override { run_->exit_reason = KVM_EXIT_SHUTDOWN; }
   uint64_t hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept override;
   bool mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept override;
+  // Whether one more access of the instruction is for the VMM's ring; done only where it cannot happen twice.
+  enum class Coalesced : uint8_t { no, done, alone };
+  Coalesced coalesce(uint64_t gpa, const void* data, unsigned size) noexcept;
   bool io(uint16_t port, void* data, unsigned size, uint32_t count, bool out) noexcept override;
   std::mutex& split_lock() noexcept override;
+  std::unique_lock<std::mutex> lock_clock_pages() noexcept override;
 
   // BlockSource
   Block* block_at(uint64_t linear) noexcept override { return lookup_slowly(linear, cpu_.decode_key); }
@@ -151,16 +173,21 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
    private:
     SoftVcpu& vcpu_;
   };
-  void set_tsc_offset(uint64_t offset) noexcept;
+  void store_tsc_offset(uint64_t offset) noexcept;
+  void place_tsc(TscLines::Cause cause, uint64_t value) noexcept;
   uint64_t guest_tsc() const noexcept;
   uint64_t guest_tsc(uint64_t host_tsc) const noexcept;
   uint64_t tsc_to_clock(uint64_t guest_tsc) const noexcept;
+
+  std::vector<kvm_cpuid_entry2> present(const Features& features);
 
   // The run loop (vcpu.cpp)
   int loop() noexcept;
   Outcome service() noexcept;
   Outcome take_init_and_sipi(uint32_t bits) noexcept;
   Outcome inject() noexcept;
+  Outcome take_smi() noexcept;
+  void choose_memory() noexcept { cpu_.memory = &map_->space[cpu_.smm ? 1 : 0]; }
   Outcome wait_while_halted() noexcept;
   // Before a halt; how long to sleep at most, in nanoseconds.
   uint64_t give_back_when_idle() noexcept;
@@ -176,10 +203,13 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Outcome exit_with(uint32_t reason) noexcept;
   Outcome internal_error(uint32_t suberror) noexcept;
   bool interrupts_open() noexcept;
+  bool takes_injection() noexcept;
+  bool smi_waits() const noexcept { return smi_pending_ && !cpu_.smm; }
   void enter_guest() noexcept;
   void leave_guest() noexcept;
   void finish_exit() noexcept;
   void publish() noexcept;
+  void count_exit(int status) noexcept;
   // KVM_CAP_SYNC_REGS: takes what the VMM marked in kvm_dirty_regs, 0 or -EINVAL; gives what kvm_valid_regs
   // asks for.
   int take_shared_registers() noexcept;
@@ -224,12 +254,24 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   std::unique_ptr<Block> single_;
   static constexpr unsigned jump_entries = 16384;
   std::unique_ptr<std::array<Block::Link, jump_entries>> jumps_;
-  std::shared_ptr<const MemoryMap> map_;
+  std::shared_ptr<const AddressSpaces> map_;
   Lapic* lapic_ = nullptr;
   uint64_t instructions_ = 0;
   struct Counts {
-    uint64_t decoded = 0, exceptions = 0, interrupts = 0, nmis = 0, halts = 0, given_back = 0;
+    uint64_t decoded = 0, given_back = 0;
   } counts_;
+  enum Event : unsigned {
+    exits,
+    io_exits,
+    mmio_exits,
+    signal_exits,
+    halts,
+    exceptions,
+    interrupts,
+    nmis,
+    hypercalls
+  };
+  Counters<9> events_;         // also KVM_GET_STATS_FD's
   bool fetch_failed_ = false;  // code is not in RAM
 
   // Memory requests of other threads.
@@ -250,6 +292,8 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   uint32_t from_flushes_ = 0;       // flush count when the previous block ended
   bool interrupt_waiting_ = false;  // the irqchip may have a vector for us
   bool nmi_pending_ = false;
+  bool smi_pending_ = false;
+  bool init_latched_ = false;    // an INIT that came in system-management mode
   bool unhalted_ = false;        // by KVM_HC_KICK_CPU: the present or next HLT ends at once
   bool pv_eoi_offered_ = false;  // the guest's word says so; settle_pv_eoi() takes it back
   int external_ = -1;            // vector of KVM_INTERRUPT, without LAPIC
@@ -266,15 +310,18 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   std::array<Answer, 16> answers_;
   unsigned answered_ = 0, answers_used_ = 0;
   bool alone_next_ = false;
-  enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none;
+  enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none, msr_ = PortIo::none;
   bool mmio_asked_ = false;
   int eoi_exit_ = -1;
   bool shutdown_ = false;     // by a machine check, to be told by the next run()
   bool tpr_lowered_ = false;  // to be told by KVM_EXIT_SET_TPR
 
+  bool has_run_ = false;  // what CPUID offers is fixed
+
   uint32_t tsc_khz_;
   std::atomic<uint64_t> tsc_offset_{0};
   kvm_guest_debug debug_{};
+  bool events_blocked_ = false;  // KVM_GUESTDBG_BLOCKIRQ: neither interrupts nor NMIs come through
 };
 
 }  // namespace lodge::kvm::soft

@@ -56,7 +56,6 @@ Block* SoftVcpu::lookup_slowly(uint64_t linear, uint32_t key) noexcept {
   }
   std::unique_ptr<Block> fresh = decode(linear, key, max_block_instructions);
   if (!fresh) return nullptr;
-  ++counts_.decoded;
   bool dropped = false;
   block = blocks_.insert(std::move(fresh), dropped);
   if (dropped) ++cpu_.flushes;  // the jump table may point there
@@ -80,7 +79,7 @@ uint64_t SoftVcpu::fetch_page(uint64_t linear, Block& block, unsigned which) noe
       return 0;
     }
     const uint64_t page = slot->page(translation.gpa);
-    std::atomic<uint32_t>& word = slot->code[page];
+    std::atomic<uint32_t>& word = slot->code(page);
     const uint64_t host_page = reinterpret_cast<uint64_t>(slot->host) + (page << page_shift);
     if ((word.load() & Slot::has_code) == 0) {
       const auto map = map_;  // keeps the slot while others may make us let go of it
@@ -115,6 +114,11 @@ std::unique_ptr<Block> SoftVcpu::decode(uint64_t linear, uint32_t key, unsigned 
   block->map = map_;
   const auto* code = reinterpret_cast<const uint8_t*>(block->host);
   const auto in_page = static_cast<unsigned>(page_size - (linear & page_mask));
+  if (limit == max_block_instructions) {
+    // Only code without a CS limit is translated, so none can end what is found here earlier.
+    if (translator_ && translator_->adopt(*block)) return block;
+    ++counts_.decoded;
+  }
 
   std::vector<Op> ops;
   unsigned offset = 0;

@@ -35,6 +35,7 @@ void SoftVcpu::leave_guest() noexcept {
   // Not in the middle of an instruction whose access the VMM carries out: it was translated already, so a TLB
   // flush must wait for it.
   if (!mmio_asked_ && port_io_ != PortIo::asked) steal_.leave();
+  steal_.left();
   in_guest_.store(false);
 }
 
@@ -59,6 +60,7 @@ void SoftVcpu::settle_pv_eoi() noexcept {
 }
 
 uint64_t SoftVcpu::hypercall(uint64_t number, const uint64_t (&arguments)[4]) noexcept {
+  events_.count(hypercalls);
   const auto offered = [&](uint32_t feature) {
     return lapic_ != nullptr && (cpu_.features.kvm_features & feature) != 0;
   };

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "kvm/soft/cpu/kvmclock.hpp"
 #include "kvm/soft/irqchip/lapic.hpp"
 #include "kvm/soft/vcpu.hpp"
 #include "kvm/soft/vm.hpp"
@@ -29,7 +30,7 @@ bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
   }
 }
 
-bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
+bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value, bool host_initiated) noexcept {
   if (lapic_ == nullptr) {
     if (index == msr_apic_base) apic_base_ = value;
     return index == msr_apic_base || index == msr_tsc_deadline;
@@ -37,7 +38,7 @@ bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value) noexcept {
   if (index != msr_tsc_deadline) settle_pv_eoi();
   bool done = true;
   switch (index) {
-    case msr_apic_base: done = lapic_->set_apic_base(value); break;
+    case msr_apic_base: done = lapic_->set_apic_base(value, host_initiated); break;
     case msr_tsc_deadline: lapic_->set_tsc_deadline(value); break;
     default: done = lapic_->msr_write(index, value); break;
   }
@@ -76,14 +77,24 @@ uint64_t SoftVcpu::guest_tsc(uint64_t host) const noexcept {
   return host + tsc_offset_.load(std::memory_order_relaxed);
 }
 
-void SoftVcpu::set_tsc_offset(uint64_t offset) noexcept {
+void SoftVcpu::store_tsc_offset(uint64_t offset) noexcept {
   tsc_offset_ = offset;
   home_.area().tsc_offset = offset;
 }
 
 void SoftVcpu::set_tsc(uint64_t value) noexcept {
-  set_tsc_offset(tsc_offset_ + value - guest_tsc());
+  store_tsc_offset(tsc_offset_ + value - guest_tsc());
   if (lapic_ != nullptr) lapic_->tsc_changed();
+}
+
+void SoftVcpu::synchronize_tsc(uint64_t value) noexcept {
+  place_tsc(TscLines::Cause::write, value);
+  if (lapic_ != nullptr) lapic_->tsc_changed();
+}
+
+void SoftVcpu::place_tsc(TscLines::Cause cause, uint64_t value) noexcept {
+  const uint64_t scaled = guest_tsc() - tsc_offset_;
+  store_tsc_offset(vm_.tsc_lines().place(cause, tsc_khz_, value, scaled));
 }
 
 uint64_t SoftVcpu::tsc_to_clock(uint64_t deadline) const noexcept {
@@ -104,13 +115,52 @@ uint64_t SoftVcpu::kvmclock_ns() noexcept {
 uint64_t SoftVcpu::wall_ns() noexcept {
   return vm_.timers().wall();
 }
+std::unique_lock<std::mutex> SoftVcpu::lock_clock_pages() noexcept {
+  return std::unique_lock(vm_.clock_pages_mutex());
+}
+void SoftVcpu::write_clock_page(const MemoryMap& memory) noexcept {
+  const uint64_t msr = std::atomic_ref(cpu_.msr.kvm_system_time).load(std::memory_order_relaxed);
+  soft::write_clock_page(memory, msr, *this);
+}
 std::mutex& SoftVcpu::split_lock() noexcept {
   return vm_.split_lock();
 }
 
-// MSR exits (KVM_CAP_X86_USER_SPACE_MSR) are not offered, so no access ever becomes one.
-bool SoftVcpu::exit_for_msr(uint32_t, bool, uint64_t) noexcept {
-  return false;
+const VmSettings& SoftVcpu::settings() const noexcept {
+  return vm_.settings();
+}
+
+bool SoftVcpu::exit_for_msr(uint32_t index, bool write, uint64_t value, uint32_t reason) noexcept {
+  if ((vm_.settings().msr_exits & reason) == 0) return false;
+  run_->exit_reason = write ? KVM_EXIT_X86_WRMSR : KVM_EXIT_X86_RDMSR;
+  run_->msr = {};
+  run_->msr.reason = reason;
+  run_->msr.index = index;
+  run_->msr.data = value;
+  msr_ = PortIo::asked;
+  return true;
+}
+
+std::optional<Platform::MsrAnswer> SoftVcpu::msr_answer() noexcept {
+  if (msr_ != PortIo::answered) return std::nullopt;
+  return MsrAnswer{.refused = run_->msr.error != 0, .value = run_->msr.data};
+}
+
+// When a later access of the instruction leaves the guest, it runs again from its beginning. So the write is
+// done when it runs alone, where it counts as an access that the VMM has answered.
+SoftVcpu::Coalesced SoftVcpu::coalesce(uint64_t gpa, const void* data, unsigned size) noexcept {
+  CoalescedIo& ring = vm_.coalesced();
+  if (!ring.any()) return Coalesced::no;
+  if (!cpu_.alone) {
+    // The delivery of an event, which is no instruction, cannot run again.
+    if (cpu_.block == nullptr || !ring.covers(false, gpa, size)) return Coalesced::no;
+    cpu_.run_alone = true;
+    return Coalesced::alone;
+  }
+  if (!ring.put(false, gpa, data, size)) return Coalesced::no;
+  answers_[answered_++] = {.gpa = gpa, .size = static_cast<uint8_t>(size), .write = true, .data = {}};
+  answers_used_ = answered_;
+  return Coalesced::done;
 }
 
 bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcept {
@@ -142,6 +192,12 @@ bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcep
     } else {
       if (answered_ == answers_.size())
         return cpu_.raise(Exception::gp, 0);  // more fragments than any instruction has
+      const Coalesced coalesced = write ? coalesce(gpa, bytes, part) : Coalesced::no;
+      if (coalesced == Coalesced::alone) return false;
+      if (coalesced == Coalesced::done) {
+        bytes += part, gpa += part, size -= part;
+        continue;
+      }
       run_->exit_reason = KVM_EXIT_MMIO;
       run_->mmio.phys_addr = gpa;
       run_->mmio.len = part;
@@ -174,6 +230,7 @@ bool SoftVcpu::io(uint16_t port, void* data, unsigned size, uint32_t count, bool
     uint64_t value = 0;
     std::memcpy(&value, data, size);
     if (vm_.ioeventfds().signal(true, port, size, value)) return true;
+    if (vm_.coalesced().put(true, port, data, size)) return true;
   }
   run_->exit_reason = KVM_EXIT_IO;
   run_->io.direction = out ? KVM_EXIT_IO_OUT : KVM_EXIT_IO_IN;

@@ -1,8 +1,14 @@
 // The vCPU's state in the contract's types. What only the Cpu holds is cpu/exchange.hpp; here is what the
 // vCPU adds.
+#include <linux/kvm_para.h>
+#include <sys/mman.h>
+
+#include <algorithm>
 #include <cerrno>
 
 #include "base/error.hpp"
+#include "kvm/soft/cpu/cpuid.hpp"
+#include "kvm/soft/cpu/cpuid_bits.hpp"
 #include "kvm/soft/cpu/exchange.hpp"
 #include "kvm/soft/interpret/vector/exchange.hpp"
 #include "kvm/soft/irqchip/lapic.hpp"
@@ -14,6 +20,16 @@ namespace {
 
 void check(int error, const char* what) {
   if (error != 0) throw_errno(error, what);
+}
+
+// Leaves with bits that are not the VMM's alone.
+bool follows_state(uint32_t leaf) noexcept {
+  return leaf == 1 || leaf == 7 || leaf == 0xd || leaf == 0x8000'0001;
+}
+
+bool same_entry(const kvm_cpuid_entry2& a, const kvm_cpuid_entry2& b) noexcept {
+  return a.function == b.function && a.index == b.index && a.flags == b.flags && a.eax == b.eax &&
+         a.ebx == b.ebx && a.ecx == b.ecx && a.edx == b.edx;
 }
 
 }  // namespace
@@ -36,10 +52,6 @@ kvm_sregs SoftVcpu::sregs() {
 void SoftVcpu::set_sregs(const kvm_sregs& sregs) {
   acknowledge_memory();
   check(soft::set_sregs(cpu_, sregs), "KVM_SET_SREGS: the control registers contradict each other");
-  if (lapic_ != nullptr)
-    lapic_->set_apic_base(sregs.apic_base, true);
-  else
-    apic_base_ = sregs.apic_base;
   for (int vector = 255; vector >= 0 && lapic_ == nullptr; --vector)
     if ((sregs.interrupt_bitmap[vector / 64] >> vector % 64 & 1) != 0) external_ = vector;
 }
@@ -51,10 +63,6 @@ kvm_sregs2 SoftVcpu::sregs2() {
 void SoftVcpu::set_sregs2(const kvm_sregs2& sregs) {
   acknowledge_memory();
   check(soft::set_sregs2(cpu_, sregs), "KVM_SET_SREGS2: the control registers contradict each other");
-  if (lapic_ != nullptr)
-    lapic_->set_apic_base(sregs.apic_base, true);
-  else
-    apic_base_ = sregs.apic_base;
 }
 
 kvm_fpu SoftVcpu::fpu() {
@@ -126,12 +134,33 @@ unsigned SoftVcpu::set_msrs(std::span<const kvm_msr_entry> entries) {
   return soft::set_msrs(cpu_, entries);
 }
 
+// As the guest sees them now: with the bits that follow CR4, XCR0 and the APIC.
+std::vector<kvm_cpuid_entry2> SoftVcpu::present(const Features& features) {
+  auto entries = features.entries();
+  for (auto& entry : entries) {
+    if (!follows_state(entry.function)) continue;
+    const Features::Result now = cpuid(cpu_, features, entry.function, entry.index);
+    entry.eax = now.eax, entry.ebx = now.ebx, entry.ecx = now.ecx, entry.edx = now.edx;
+  }
+  return entries;
+}
+
 std::vector<kvm_cpuid_entry2> SoftVcpu::cpuid2() {
-  return cpu_.features.entries();
+  return present(cpu_.features);
 }
 
 void SoftVcpu::set_cpuid2(std::span<const kvm_cpuid_entry2> entries) {
-  cpu_.features = Features(entries);
+  std::vector<kvm_cpuid_entry2> given(entries.begin(), entries.end());
+  // Who never leaves the guest to halt cannot be woken by a hypercall.
+  for (auto& entry : given)
+    if (entry.function == KVM_CPUID_FEATURES && vm_.halt_in_guest()) entry.eax &= ~kvm_feature::pv_unhalt;
+  Features features(given);
+  if (has_run_) {
+    if (!std::ranges::equal(present(features), cpuid2(), same_entry))
+      throw_errno(EINVAL, "KVM_SET_CPUID2: the vCPU has run, its CPUID cannot change any more");
+    return;
+  }
+  cpu_.features = std::move(features);
   decoder_.configure(cpu_.features);
   blocks_.clear();
   cpu_.flush_tlb(false);
@@ -162,20 +191,31 @@ kvm_vcpu_events SoftVcpu::vcpu_events() {
   const bool nmi = nmi_pending_ || (cpu_.request.load() & request::nmi) != 0;
   events.nmi.pending = nmi ? 1 : 0;
   if ((cpu_.request.load() & request::sipi) != 0) events.sipi_vector = sipi_vector_;
+  events.smi.pending = smi_pending_ || (cpu_.request.load() & request::smi) != 0 ? 1 : 0;
+  events.smi.latched_init = init_latched_ ? 1 : 0;
   events.flags |=
       KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR | KVM_VCPUEVENT_VALID_SHADOW;
   return events;
 }
 
 void SoftVcpu::set_vcpu_events(const kvm_vcpu_events& events) {
+  acknowledge_memory();
+  if ((events.flags & KVM_VCPUEVENT_VALID_SMM) != 0) init_latched_ = false;  // leaving the mode frees none
   check(set_events(cpu_, events), "KVM_SET_VCPU_EVENTS: unknown flags, or an exception that does not exist");
-  if (events.interrupt.injected != 0) external_ = events.interrupt.nr;
+  external_ = events.interrupt.injected != 0 ? events.interrupt.nr : -1;
   if ((events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING) != 0) {
     nmi_pending_ = events.nmi.pending != 0;
     if (!nmi_pending_) cpu_.request.fetch_and(~request::nmi);
   }
   if ((events.flags & KVM_VCPUEVENT_VALID_SIPI_VECTOR) != 0)
     sipi_vector_ = static_cast<uint8_t>(events.sipi_vector);
+  if ((events.flags & KVM_VCPUEVENT_VALID_SMM) != 0) {
+    smi_pending_ = events.smi.pending != 0;
+    cpu_.request.fetch_and(~request::smi);
+    const bool init = events.smi.latched_init != 0;
+    init_latched_ = init && events.smi.smm != 0;
+    if (init && events.smi.smm == 0) post(request::init);
+  }
 }
 
 kvm_mp_state SoftVcpu::mp_state() {
@@ -207,22 +247,29 @@ void SoftVcpu::set_mp_state(const kvm_mp_state& state) {
 
 void SoftVcpu::set_tsc_khz(uint32_t khz) {
   if (khz == 0) khz = vm_.tsc_khz();
+  if (khz == tsc_khz_) return;
   const uint64_t now = guest_tsc();
   tsc_khz_ = khz;
-  set_tsc_offset(tsc_offset_ + now - guest_tsc());
+  place_tsc(TscLines::Cause::frequency, now);
   cpu_.tsc_is_direct = khz == vm_.tsc_khz();
   cpu_.state_changed();
   if (lapic_ != nullptr) lapic_->tsc_changed();
   post(request::clock);
 }
 
+void SoftVcpu::set_tsc_offset(uint64_t offset) {
+  store_tsc_offset(offset);
+  vm_.tsc_lines().set(tsc_khz_, offset);
+  if (lapic_ != nullptr) lapic_->tsc_changed();
+  post(request::clock);
+}
+
 void SoftVcpu::set_guest_debug(const kvm_guest_debug& debug) {
-  constexpr uint32_t known =
-      KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP | KVM_GUESTDBG_USE_SW_BP | KVM_GUESTDBG_USE_HW_BP;
-  if ((debug.control & ~known) != 0)
+  if ((debug.control & ~guest_debug_controls) != 0)
     throw_errno(EINVAL, "KVM_SET_GUEST_DEBUG: this control bit is not supported");
   debug_ = debug;
   const bool on = (debug.control & KVM_GUESTDBG_ENABLE) != 0;
+  events_blocked_ = on && (debug.control & KVM_GUESTDBG_BLOCKIRQ) != 0;
   cpu_.debug_step = on && (debug.control & KVM_GUESTDBG_SINGLESTEP) != 0;
   cpu_.debug_registers = on && (debug.control & KVM_GUESTDBG_USE_HW_BP) != 0;
   for (unsigned i = 0; i < 4; ++i) cpu_.debug_dr[i] = debug.arch.debugreg[i];
@@ -250,6 +297,11 @@ int SoftVcpu::interrupt(uint32_t vector) noexcept {
   return 0;
 }
 
+int SoftVcpu::smi() noexcept {
+  post(request::smi);
+  return 0;
+}
+
 int SoftVcpu::nmi() noexcept {
   post(request::nmi);
   return 0;
@@ -269,13 +321,35 @@ kvm_translation SoftVcpu::translate(uint64_t linear) {
   return out;
 }
 
+int SoftVcpu::pre_fault_memory(uint64_t& gpa, uint64_t& size) noexcept {
+  if (((gpa | size) & page_mask) != 0 || gpa + size <= gpa) return -EINVAL;
+  const auto spaces = vm_.memory();
+  const MemoryMap* const map = &spaces->space[cpu_.smm ? 1 : 0];
+  bool some = false;
+  while (size > 0) {
+    Slot* const slot = map->find(gpa);
+    if (slot == nullptr) return some ? 0 : -ENOENT;
+    const uint64_t part = std::min(size, slot->gpa + slot->size - gpa);
+    if (::madvise(slot->host + (gpa - slot->gpa), part, MADV_POPULATE_READ) != 0)
+      return some ? 0 : errno == EINVAL ? -EOPNOTSUPP : -errno;  // EINVAL: before Linux 5.14
+    gpa += part;
+    size -= part;
+    some = true;
+  }
+  return 0;
+}
+
 void SoftVcpu::setup_mce(uint64_t capabilities) {
   check(setup_machine_check(cpu_.msr.machine_check, capabilities),
         "KVM_X86_SETUP_MCE: as many banks are not there, or a capability is not");
+  if (lapic_ != nullptr) lapic_->offer_cmci((capabilities & MachineCheck::cmci_p) != 0);
 }
 
 void SoftVcpu::set_mce(const kvm_x86_mce& event) {
-  check(inject_machine_check(cpu_, event, shutdown_), "KVM_X86_SET_MCE: no such bank, or no valid error");
+  MachineCheckEffect effect;
+  check(inject_machine_check(cpu_, event, effect), "KVM_X86_SET_MCE: no such bank, or no valid error");
+  shutdown_ |= effect.shutdown;
+  if (effect.interrupt && lapic_ != nullptr) lapic_->local_interrupt(Lapic::Local::cmci);
 }
 
 void SoftVcpu::enable_cap(const kvm_enable_cap& cap) {

@@ -1,5 +1,7 @@
 // What a vCPU has counted, by name.
 #include <Zydis/Zydis.h>
+#include <fmt/format.h>
+#include <unistd.h>
 
 #include "kvm/soft/vcpu.hpp"
 #include "kvm/soft/vm.hpp"
@@ -40,10 +42,10 @@ std::vector<Statistic> SoftVcpu::statistics() {
     if (translator_) list.add("translated", home_.area().instructions);
   }
   list.group("events");
-  list.add("exceptions", counts_.exceptions);
-  list.add("interrupts", counts_.interrupts);
-  list.add("nmis", counts_.nmis);
-  list.add("halts", counts_.halts);
+  list.add("exceptions", events_.value(exceptions));
+  list.add("interrupts", events_.value(interrupts));
+  list.add("nmis", events_.value(nmis));
+  list.add("halts", events_.value(halts));
   list.group("blocks");
   list.add("decoded", counts_.decoded);
   list.add("given_back", counts_.given_back);
@@ -74,6 +76,13 @@ std::vector<Statistic> SoftVcpu::statistics() {
                  count);
   }
   return list.take();
+}
+
+// Under the names that KVM has for the same.
+Fd SoftVcpu::statistics_fd() {
+  return events_.open(fmt::format("kvm-{}/vcpu-{}", ::getpid(), id_),
+                      {"exits", "io_exits", "mmio_exits", "signal_exits", "halt_exits", "exceptions",
+                       "irq_injections", "nmi_injections", "hypercalls"});
 }
 
 }  // namespace lodge::kvm::soft

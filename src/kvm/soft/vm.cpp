@@ -1,11 +1,13 @@
 #include "kvm/soft/vm.hpp"
 
 #include <sched.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 
 #include "base/error.hpp"
+#include "kvm/list.hpp"
 #include "kvm/soft/translate/host_signal.hpp"
 #include "kvm/soft/translate/perf_map.hpp"
 #include "kvm/soft/vcpu.hpp"
@@ -14,6 +16,8 @@ namespace lodge::kvm::soft {
 namespace {
 
 constexpr uint32_t max_slots = 32764;
+constexpr uint64_t msr_exit_reasons =
+    KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER;
 
 }  // namespace
 
@@ -23,16 +27,17 @@ SoftVm::SoftVm(uint32_t tsc_khz, const Options& options)
       perf_map_(options.perf_map ? std::make_unique<PerfMap>() : nullptr),
       code_cache_(options, perf_map_.get()),
       clock_scale_(clock_scale(tsc_khz)),
+      tsc_lines_(tsc_khz),
       clock_offset_(-clock_scale_.nanoseconds(__builtin_ia32_rdtsc())),
       irqchip_(clock_),
-      map_(std::make_shared<MemoryMap>()) {
+      map_(std::make_shared<AddressSpaces>()) {
   if (!options_.guard_code) return;
   install_signal_handlers();
   guard_.emplace(static_cast<GuardedMemory&>(*this));
 }
 
 SoftVm::~SoftVm() {
-  for (const auto& slot : map_->slots) slot->retire();
+  map_->for_each([](Slot& slot) { slot.retire(); });
 }
 
 int SoftVm::check_extension(uint32_t capability) const noexcept {
@@ -43,10 +48,24 @@ void SoftVm::enable_cap(const kvm_enable_cap& cap) {
   switch (cap.cap) {
     case KVM_CAP_SPLIT_IRQCHIP: irqchip_.create_split(cap.args[0]); break;
     case KVM_CAP_X2APIC_API: irqchip_.set_x2apic_api(cap.args[0]); break;
-    case KVM_CAP_MAX_VCPU_ID:  // a promise of the VMM's, that saves us nothing
-      if (cap.args[0] == 0 || cap.args[0] > Irqchip::max_vcpus)
-        throw_errno(EINVAL, "KVM_CAP_MAX_VCPU_ID: more than there may be");
+    case KVM_CAP_MAX_VCPU_ID: limit_vcpu_ids(cap.args[0]); break;
+    case KVM_CAP_X86_DISABLE_EXITS:
+      if ((cap.args[0] & ~disableable_exits) != 0)
+        throw_errno(EINVAL, "KVM_CAP_X86_DISABLE_EXITS: only HLT and PAUSE can be kept in the guest");
+      if ((cap.args[0] & KVM_X86_DISABLE_EXITS_HLT) != 0) halt_in_guest_ = true;  // PAUSE never leaves it
       break;
+    case KVM_CAP_X86_USER_SPACE_MSR:
+      if ((cap.args[0] & ~msr_exit_reasons) != 0)
+        throw_errno(EINVAL, "KVM_CAP_X86_USER_SPACE_MSR: unknown reasons for an exit");
+      settings_.msr_exits = static_cast<uint32_t>(cap.args[0]);
+      break;
+    case KVM_CAP_MSR_PLATFORM_INFO: settings_.platform_info = cap.args[0] != 0; break;
+    case KVM_CAP_DISABLE_QUIRKS2:
+      if ((cap.args[0] & ~VmSettings::quirks) != 0)
+        throw_errno(EINVAL, "KVM_CAP_DISABLE_QUIRKS2: a quirk that the soft accelerator does not have");
+      settings_.disabled_quirks = cap.args[0];
+      break;
+    case cap_apic_bus_cycles_ns: irqchip_.set_bus_period(cap.args[0]); break;
     case KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
       if ((cap.args[0] & ~uint64_t{KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}) != 0)
         throw_errno(EINVAL, "manual dirty log protection: only bit 0 of the argument is supported");
@@ -56,7 +75,7 @@ void SoftVm::enable_cap(const kvm_enable_cap& cap) {
   }
 }
 
-std::shared_ptr<const MemoryMap> SoftVm::memory() noexcept {
+std::shared_ptr<const AddressSpaces> SoftVm::memory() noexcept {
   const std::lock_guard lock(map_mutex_);
   return map_;
 }
@@ -64,45 +83,41 @@ std::shared_ptr<const MemoryMap> SoftVm::memory() noexcept {
 void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
   const std::lock_guard changing(slots_mutex_);
   constexpr uint32_t known = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY;
-  if ((region.flags & ~known) != 0 || region.slot >= max_slots)
+  if ((region.flags & ~known) != 0 || (region.slot & 0xffff) >= max_slots ||
+      region.slot >> 16 >= AddressSpaces::count)
     throw_errno(EINVAL, fmt::format("memory slot {}: number or flags are not supported", region.slot));
   if (((region.guest_phys_addr | region.memory_size | region.userspace_addr) & page_mask) != 0 ||
       region.guest_phys_addr + region.memory_size < region.guest_phys_addr)
     throw_errno(EINVAL, fmt::format("memory slot {}: not page aligned, or wraps", region.slot));
 
-  auto map = std::make_unique<MemoryMap>(*memory());
-  std::shared_ptr<Slot> replaced;
-  const auto old =
-      std::find_if(map->slots.begin(), map->slots.end(), [&](auto& s) { return s->id == region.slot; });
+  const auto old = slots_.find(region.slot);
+  auto maps = std::make_unique<AddressSpaces>(*memory());
+  MemoryMap* const map = &maps->space[region.slot >> 16];
   if (region.memory_size == 0) {
-    if (old == map->slots.end())
-      throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
-    (*old)->retire();
-    map->slots.erase(old);
-    return install(std::move(map));
+    if (old == slots_.end()) throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
+    old->second->retire();
+    map->erase(*old->second);
+    slots_.erase(old);
+    return install(std::move(maps));
   }
-  if (old != map->slots.end()) {
-    if ((*old)->size != region.memory_size ||
-        reinterpret_cast<uint64_t>((*old)->host) != region.userspace_addr ||
-        (*old)->read_only != ((region.flags & KVM_MEM_READONLY) != 0))
+  if (old != slots_.end()) {
+    const Slot& slot = *old->second;
+    if (slot.size != region.memory_size || reinterpret_cast<uint64_t>(slot.host) != region.userspace_addr ||
+        slot.read_only != ((region.flags & KVM_MEM_READONLY) != 0))
       throw_errno(EINVAL,
                   fmt::format("memory slot {}: size, memory and read-only flag cannot change", region.slot));
-    replaced = *old;
-    map->slots.erase(old);
+    map->erase(slot);
   }
-  for (const auto& slot : map->slots)
-    if (region.guest_phys_addr < slot->gpa + slot->size &&
-        slot->gpa < region.guest_phys_addr + region.memory_size)
-      throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, slot->id));
+  if (const Slot* const other = map->first_in(region.guest_phys_addr, region.memory_size); other != nullptr)
+    throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, other->id));
   auto slot = std::make_shared<Slot>(region, static_cast<CodeWatch&>(*this), options_.guard_code);
-  if (replaced) replaced->retire();
-  const auto place = std::upper_bound(map->slots.begin(), map->slots.end(), slot,
-                                      [](auto& a, auto& b) { return a->gpa < b->gpa; });
-  map->slots.insert(place, std::move(slot));
-  install(std::move(map));
+  map->insert(slot);
+  if (old != slots_.end()) old->second->retire();
+  slots_[region.slot] = std::move(slot);
+  install(std::move(maps));
 }
 
-void SoftVm::install(std::unique_ptr<MemoryMap> map) {
+void SoftVm::install(std::unique_ptr<AddressSpaces> map) {
   {
     const std::lock_guard lock(map_mutex_);
     map_ = std::move(map);
@@ -119,8 +134,14 @@ void SoftVm::code_changed(uint64_t host_page) noexcept {
   for (SoftVcpu* vcpu : peers_) vcpu->post(request::code);
 }
 
+Fd SoftVm::statistics_fd() {
+  const std::lock_guard lock(vcpus_mutex_);
+  return events_.open(fmt::format("kvm-{}", ::getpid()), {"remote_tlb_flush"});
+}
+
 void SoftVm::flush_all_vcpus() noexcept {
   const std::lock_guard lock(vcpus_mutex_);
+  events_.count(tlb_flushes);
   for (SoftVcpu* vcpu : vcpus_) vcpu->post_flush();
   for (SoftVcpu* vcpu : vcpus_)
     while (!vcpu->flush_acknowledged()) ::sched_yield();
@@ -143,11 +164,10 @@ void SoftVm::shoot_down(SoftVcpu& self, uint64_t host_page) noexcept {
 }
 
 Slot& SoftVm::slot_by_id(uint32_t id, const char* what) {
-  const auto map = memory();
-  const auto it = std::find_if(map->slots.begin(), map->slots.end(), [&](auto& s) { return s->id == id; });
-  if (it == map->slots.end() || !(*it)->log_dirty)
+  const auto found = slots_.find(id);
+  if (found == slots_.end() || !found->second->log_dirty)
     throw_errno(ENOENT, fmt::format("{}: slot {} does not log dirty pages", what, id));
-  return **it;
+  return *found->second;
 }
 
 void SoftVm::get_dirty_log(uint32_t id, std::span<uint64_t> bitmap) {
@@ -181,30 +201,45 @@ void SoftVm::clear_dirty_log(uint32_t id, uint64_t first_page, uint32_t num_page
 void SoftVm::note_write(uint64_t gpa, uint64_t size) noexcept {
   const auto map = memory();
   const uint64_t end = gpa + size;
-  for (const auto& slot : map->slots) {
-    if (gpa >= slot->gpa + slot->size || end <= slot->gpa) continue;
+  while (gpa < end) {
+    Slot* const slot = map->space[0].first_in(gpa, end - gpa);
+    if (slot == nullptr) return;
     const uint64_t first = slot->page(std::max(gpa, slot->gpa));
     const uint64_t last = slot->page(std::min(end, slot->gpa + slot->size) - 1);
     for (uint64_t page = first; page <= last; ++page) slot->invalidate(page);
+    gpa = slot->gpa + slot->size;
   }
 }
 
 bool SoftVm::forget_code() noexcept {
   bool any = false;
-  for (const auto& slot : memory()->slots)
-    for (uint64_t page = 0; page < slot->size >> page_shift; ++page) any |= slot->admit_write(page);
+  memory()->for_each([&](Slot& slot) {
+    for (uint64_t page = 0; page < slot.size >> page_shift; ++page) any |= slot.invalidate(page);
+  });
   return any;
+}
+
+// The VMM's promise that no vCPU has a higher ID: once, and not below the boot processor's.
+void SoftVm::limit_vcpu_ids(uint64_t limit) {
+  const std::lock_guard lock(vcpus_mutex_);
+  if (limit == 0 || limit > Irqchip::max_vcpus || limit < irqchip_.boot_id() ||
+      (vcpu_ids_ != Irqchip::max_vcpus && limit != vcpu_ids_))
+    throw_errno(
+        EINVAL,
+        "KVM_CAP_MAX_VCPU_ID: more than there may be, fewer than the boot processor needs, or a change");
+  vcpu_ids_ = static_cast<uint32_t>(limit);
 }
 
 void SoftVm::set_boot_cpu_id(uint32_t id) {
   const std::lock_guard lock(vcpus_mutex_);
+  if (id >= vcpu_ids_) throw_errno(EINVAL, fmt::format("KVM_SET_BOOT_CPU_ID: there is no vCPU {}", id));
   if (!vcpus_.empty()) throw_errno(EBUSY, "KVM_SET_BOOT_CPU_ID: there are vCPUs already");
   irqchip_.set_boot_id(id);
 }
 
 std::unique_ptr<Vcpu> SoftVm::create_vcpu(unsigned id) {
   const std::lock_guard lock(vcpus_mutex_);
-  if (id >= Irqchip::max_vcpus) throw_errno(EINVAL, fmt::format("vCPU number {} is too high", id));
+  if (id >= vcpu_ids_) throw_errno(EINVAL, fmt::format("vCPU number {} is too high", id));
   for (const SoftVcpu* vcpu : vcpus_)
     if (vcpu->id() == id) throw_errno(EEXIST, fmt::format("vCPU {} exists already", id));
   if (options_.engine == Engine::lockstep && !vcpus_.empty())
@@ -228,17 +263,30 @@ void SoftVm::remove_vcpu(SoftVcpu& vcpu) noexcept {
 void SoftVm::set_tss_addr(uint64_t) {}
 void SoftVm::set_identity_map_addr(uint64_t) {}
 
+// All three of one moment, as the guest's clock follows the host's TSC.
 kvm_clock_data SoftVm::clock() {
   kvm_clock_data data{};
-  data.clock = kvmclock_ns();
-  data.flags = KVM_CLOCK_TSC_STABLE;
+  data.flags = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+  data.realtime = clock_.wall();
+  data.host_tsc = __builtin_ia32_rdtsc();
+  data.clock = kvmclock_at(data.host_tsc);
   return data;
 }
 
+// With KVM_CLOCK_REALTIME the clock goes on by what has passed since, but never back.
 void SoftVm::set_clock(const kvm_clock_data& data) {
-  clock_offset_ = data.clock - clock_scale_.nanoseconds(__builtin_ia32_rdtsc());
+  constexpr uint32_t known = KVM_CLOCK_TSC_STABLE | KVM_CLOCK_REALTIME | KVM_CLOCK_HOST_TSC;
+  if ((data.flags & ~known) != 0) throw_errno(EINVAL, "KVM_SET_CLOCK: unknown flags");
+  uint64_t value = data.clock;
+  if ((data.flags & KVM_CLOCK_REALTIME) != 0)
+    if (const uint64_t now = clock_.wall(); now > data.realtime) value += now - data.realtime;
+  clock_offset_ = value - clock_scale_.nanoseconds(__builtin_ia32_rdtsc());
+  // Here and now, not by each vCPU when it runs next: the first that runs may read the page of another. The
+  // slots stay what they are meanwhile.
+  const std::lock_guard changing(slots_mutex_);
   const std::lock_guard lock(vcpus_mutex_);
-  for (SoftVcpu* vcpu : vcpus_) vcpu->post(request::clock);
+  const auto map = memory();
+  for (SoftVcpu* vcpu : vcpus_) vcpu->write_clock_page(map->space[0]);
 }
 
 }  // namespace lodge::kvm::soft

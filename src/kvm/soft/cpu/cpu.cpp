@@ -44,6 +44,13 @@ void Cpu::set_cpl(unsigned cpl) noexcept {
   state_changed();
 }
 
+void Cpu::set_smm(bool on) noexcept {
+  smm = on;
+  platform_.smm_changed();
+  flush_tlb(false);
+  state_changed();
+}
+
 unsigned Cpu::view() const noexcept {
   if (cpl_ == 3) return 0;
   return (cr4 & cr4::smap) != 0 && (system_flags & flag::ac) == 0 ? 1 : 2;

@@ -221,6 +221,12 @@ class Cpu : public CpuState {
   bool shadow_is_mov_ss = false;  // which of both
   bool nmi_blocked = false;       // until IRET
 
+  // --- system-management mode (smm.hpp) ---
+  bool smm = false;
+  bool nmi_blocked_before_smm = false;  // what RSM restores
+  // Enters or leaves the mode's address space; nothing else changes.
+  void set_smm(bool on) noexcept;
+
   // True when an access failed: an exception, the VMM or a run alone is wanted.
   bool interrupted_access() const noexcept { return pending.valid || wants_exit || run_alone; }
 
@@ -294,10 +300,10 @@ class Cpu : public CpuState {
                                    : static_cast<uint32_t>(value);
   }
   std::mutex& platform_split_lock() noexcept;  // see integer.hpp, modify_at
+  // 16-bit code does not wrap at 64 KiB: it goes on if the segment does, which system-management handlers
+  // use.
   uint64_t truncate_rip(uint64_t value) const noexcept {
-    return mode_ == Mode::bits64   ? value
-           : mode_ == Mode::bits32 ? static_cast<uint32_t>(value)
-                                   : static_cast<uint16_t>(value);
+    return mode_ == Mode::bits64 ? value : static_cast<uint32_t>(value);
   }
 
  private:

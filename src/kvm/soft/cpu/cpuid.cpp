@@ -168,8 +168,8 @@ void add_xsave(Builder& builder, uint64_t components) {
 }
 
 // The paravirtual leaves of KVM (Documentation/virt/kvm/x86/cpuid.rst).
-void add_hypervisor(Builder& builder, uint32_t tsc_khz) {
-  builder.add(0x4000'0000, {tsc_khz != 0 ? 0x4000'0010u : 0x4000'0001u, 0x4b4d'564b, 0x564b'4d56, 0x4d});
+void add_hypervisor(Builder& builder) {
+  builder.add(0x4000'0000, {0x4000'0001u, 0x4b4d'564b, 0x564b'4d56, 0x4d});
   uint32_t features = kvm_feature::clocksource | kvm_feature::nop_io_delay | kvm_feature::clocksource2 |
                       kvm_feature::clocksource_stable | kvm_feature::pv_eoi | kvm_feature::pv_unhalt |
                       kvm_feature::pv_send_ipi;
@@ -177,8 +177,6 @@ void add_hypervisor(Builder& builder, uint32_t tsc_khz) {
   if (RunDelay::available())
     features |= kvm_feature::steal_time | kvm_feature::pv_tlb_flush | kvm_feature::pv_sched_yield;
   builder.add(0x4000'0001, {features, 0, 0, 0});
-  // EAX: TSC in kHz, EBX: APIC timer in kHz (its bus runs at 1 GHz).
-  if (tsc_khz != 0) builder.add(0x4000'0010, {tsc_khz, 1'000'000, 0, 0});
 }
 
 void add_extended(Builder& builder, bool amd) {
@@ -221,7 +219,7 @@ void add_extended(Builder& builder, bool amd) {
 
 }  // namespace
 
-std::vector<kvm_cpuid_entry2> host_cpuid(uint32_t tsc_khz) {
+std::vector<kvm_cpuid_entry2> host_cpuid() {
   const Result leaf0 = native(0);
   const bool amd = leaf0.ebx == 0x6874'7541 || leaf0.ebx == 0x6f67'7948;  // "Auth", "Hygo"
   const uint64_t components = host_components();
@@ -234,7 +232,7 @@ std::vector<kvm_cpuid_entry2> host_cpuid(uint32_t tsc_khz) {
   builder.add(0xb, 0, {0, 1, 0x100, 0});
   builder.add(0xb, 1, {0, 1, 0x201, 0});
   add_xsave(builder, components);
-  add_hypervisor(builder, tsc_khz);
+  add_hypervisor(builder);
   add_extended(builder, amd);
   return builder.take();
 }
@@ -255,7 +253,10 @@ uint32_t xsave_size(const Features& features, uint64_t components, bool compacte
 }
 
 Result cpuid(Cpu& cpu, uint32_t leaf, uint32_t subleaf) noexcept {
-  const Features& features = cpu.features;
+  return cpuid(cpu, cpu.features, leaf, subleaf);
+}
+
+Result cpuid(Cpu& cpu, const Features& features, uint32_t leaf, uint32_t subleaf) noexcept {
   Result out = features.query(leaf, subleaf);
   const auto follow = [](uint32_t& word, uint32_t bit, bool on) { word = on ? word | bit : word & ~bit; };
   switch (leaf) {

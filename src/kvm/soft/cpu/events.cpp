@@ -2,7 +2,7 @@
 // virtual-8086 mode with and without VME. SDM volume 3, chapter 6 and sections 20.2, 20.3; AMD APM volume 2,
 // chapter 8.
 //
-// Missing: shadow stacks (CET), which CPUID never offers; SMM.
+// Missing: shadow stacks (CET), which CPUID never offers. SMIs are smm.cpp's.
 #include "kvm/soft/cpu/events.hpp"
 
 #include "kvm/soft/cpu/deliver.hpp"

@@ -3,6 +3,7 @@
 #include <cerrno>
 
 #include "kvm/soft/cpu/control.hpp"
+#include "kvm/soft/cpu/cpuid.hpp"
 #include "kvm/soft/cpu/msr.hpp"
 #include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/cpu/segments.hpp"
@@ -75,28 +76,26 @@ void get_common(Cpu& cpu, Sregs& out) noexcept {
   out.apic_base = cpu.platform().read_apic_msr(msr_apic_base, apic_base) ? apic_base : 0;
 }
 
-template <class Sregs>
-bool valid(const Cpu& cpu, const Sregs& in) noexcept {
-  constexpr uint64_t both = efer::lme | efer::lma;
-  if (in.cr0 >> 32 != 0 || (in.cr4 & ~valid_cr4(cpu.features)) != 0) return false;
-  if ((in.cr0 & cr0::pg) != 0 && (in.cr0 & cr0::pe) == 0) return false;
-  if ((in.cr0 & cr0::nw) != 0 && (in.cr0 & cr0::cd) == 0) return false;
-  if ((in.efer & ~(valid_efer(cpu.features) | efer::lma)) != 0) return false;
-  if ((in.efer & efer::lme) != 0 && (in.cr0 & cr0::pg) != 0) {
-    if ((in.cr4 & cr4::pae) == 0 || (in.efer & both) != both) return false;
-    if ((in.cr3 & reserved_cr3(cpu.features)) != 0) return false;
-  } else if ((in.efer & efer::lma) != 0 || in.cs.l != 0) {
-    return false;
-  }
-  return true;
+// The bits of CR4 and EFER that a VMM may set: before it has said what the guest's CPUID offers, all that
+// there are.
+struct Allowed {
+  uint64_t cr4, efer;
+};
+Allowed allowed(const Cpu& cpu) {
+  const auto of = [](const Features& features) {
+    return Allowed{.cr4 = valid_cr4(features), .efer = valid_efer(features) | efer::lma};
+  };
+  return cpu.features.entries().empty() ? of(Features(host_cpuid())) : of(cpu.features);
 }
 
 template <class Sregs>
-int set_common(Cpu& cpu, const Sregs& in) noexcept {
-  if (!valid(cpu, in)) return EINVAL;
+int set_common(Cpu& cpu, const Sregs& in) {
+  if (!valid_control(
+          cpu, {.cr0 = in.cr0, .cr3 = in.cr3, .cr4 = in.cr4, .efer = in.efer, .long_code = in.cs.l != 0}))
+    return EINVAL;
   uint64_t apic_base = 0;
   if (cpu.platform().read_apic_msr(msr_apic_base, apic_base) && apic_base != in.apic_base &&
-      !cpu.platform().write_apic_msr(msr_apic_base, in.apic_base)) {
+      !cpu.platform().write_apic_msr(msr_apic_base, in.apic_base, true)) {
     return EINVAL;
   }
   cpu.segment[seg_cs] = from_kvm(in.cs);
@@ -128,6 +127,21 @@ bool pae_paging(const Cpu& cpu) noexcept {
 }
 
 }  // namespace
+
+bool valid_control(const Cpu& cpu, const ControlRegisters& in) {
+  constexpr uint64_t both = efer::lme | efer::lma;
+  const Allowed bits = allowed(cpu);
+  if (in.cr0 >> 32 != 0 || (in.cr4 & ~bits.cr4) != 0 || (in.efer & ~bits.efer) != 0) return false;
+  if ((in.cr0 & cr0::pg) != 0 && (in.cr0 & cr0::pe) == 0) return false;
+  if ((in.cr0 & cr0::nw) != 0 && (in.cr0 & cr0::cd) == 0) return false;
+  if ((in.efer & efer::lme) != 0 && (in.cr0 & cr0::pg) != 0) {
+    if ((in.cr4 & cr4::pae) == 0 || (in.efer & both) != both) return false;
+    if ((in.cr3 & reserved_cr3(cpu.features)) != 0) return false;
+  } else if ((in.efer & efer::lma) != 0 || in.long_code) {
+    return false;
+  }
+  return true;
+}
 
 kvm_regs get_regs(const Cpu& cpu) noexcept {
   kvm_regs out{};
@@ -182,7 +196,7 @@ kvm_sregs get_sregs(Cpu& cpu) noexcept {
   return out;
 }
 
-int set_sregs(Cpu& cpu, const kvm_sregs& in) noexcept {
+int set_sregs(Cpu& cpu, const kvm_sregs& in) {
   const int error = set_common(cpu, in);
   if (error != 0) return error;
   // The old form reads the PDPTEs from memory. Bad ones show up at the first access.
@@ -200,7 +214,7 @@ kvm_sregs2 get_sregs2(Cpu& cpu) noexcept {
   return out;
 }
 
-int set_sregs2(Cpu& cpu, const kvm_sregs2& in) noexcept {
+int set_sregs2(Cpu& cpu, const kvm_sregs2& in) {
   if ((in.flags & ~uint64_t{KVM_SREGS2_FLAGS_PDPTRS_VALID}) != 0) return EINVAL;
   const bool with_pdptrs = (in.flags & KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0;
   const bool pae = (in.cr0 & cr0::pg) != 0 && (in.cr4 & cr4::pae) != 0 && (in.efer & efer::lma) == 0;
@@ -283,7 +297,9 @@ kvm_vcpu_events get_events(const Cpu& cpu) noexcept {
   }
   out.nmi.pending = (cpu.request.load() & request::nmi) != 0 ? 1 : 0;
   out.nmi.masked = cpu.nmi_blocked ? 1 : 0;
-  out.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW;
+  out.smi.smm = cpu.smm ? 1 : 0;
+  out.smi.smm_inside_nmi = cpu.smm && cpu.nmi_blocked_before_smm ? 1 : 0;
+  out.flags = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM;
   return out;
 }
 
@@ -294,8 +310,6 @@ int set_events(Cpu& cpu, const kvm_vcpu_events& in) noexcept {
   if ((in.flags & ~known) != 0) return EINVAL;
   const bool exception = in.exception.injected != 0 || in.exception.pending != 0;
   if (exception && (in.exception.nr > 31 || in.exception.nr == 2)) return EINVAL;
-  // There is no system-management mode to be in.
-  if ((in.flags & KVM_VCPUEVENT_VALID_SMM) != 0 && in.smi.smm != 0) return EINVAL;
   cpu.pending = {};
   if (exception) {
     cpu.pending.valid = true;
@@ -320,6 +334,10 @@ int set_events(Cpu& cpu, const kvm_vcpu_events& in) noexcept {
     }
   }
   cpu.nmi_blocked = in.nmi.masked != 0;
+  if ((in.flags & KVM_VCPUEVENT_VALID_SMM) != 0) {
+    if (cpu.smm != (in.smi.smm != 0)) cpu.set_smm(in.smi.smm != 0);
+    cpu.nmi_blocked_before_smm = in.smi.smm_inside_nmi != 0;
+  }
   return 0;
 }
 

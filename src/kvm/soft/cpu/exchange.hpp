@@ -16,11 +16,19 @@ namespace lodge::kvm::soft {
 kvm_regs get_regs(const Cpu& cpu) noexcept;
 void set_regs(Cpu& cpu, const kvm_regs& regs) noexcept;
 
-// interrupt_bitmap is left 0 and not looked at. CR8 and APIC_BASE go through the platform.
+// interrupt_bitmap is left 0 and not looked at. CR8 and APIC_BASE go through the platform. What a guest's
+// CPUID must offer for it is asked for once the VMM has given one.
 kvm_sregs get_sregs(Cpu& cpu) noexcept;
-int set_sregs(Cpu& cpu, const kvm_sregs& sregs) noexcept;
+int set_sregs(Cpu& cpu, const kvm_sregs& sregs);
 kvm_sregs2 get_sregs2(Cpu& cpu) noexcept;
-int set_sregs2(Cpu& cpu, const kvm_sregs2& sregs) noexcept;
+int set_sregs2(Cpu& cpu, const kvm_sregs2& sregs);
+
+// Whether these control registers can go together under the guest's CPUID. `long_code`: CS.L.
+struct ControlRegisters {
+  uint64_t cr0, cr3, cr4, efer;
+  bool long_code;
+};
+bool valid_control(const Cpu& cpu, const ControlRegisters& in);
 
 kvm_debugregs get_debugregs(const Cpu& cpu) noexcept;
 int set_debugregs(Cpu& cpu, const kvm_debugregs& regs) noexcept;
@@ -32,8 +40,8 @@ int set_xcrs(Cpu& cpu, const kvm_xcrs& xcrs) noexcept;
 unsigned get_msrs(Cpu& cpu, std::span<kvm_msr_entry> entries) noexcept;
 unsigned set_msrs(Cpu& cpu, std::span<const kvm_msr_entry> entries) noexcept;
 
-// The fields that Cpu knows: exception, shadow of interrupts, NMI pending and masked. `interrupt.injected`
-// and `sipi_vector` are SoftVcpu's.
+// The fields that Cpu knows: exception, shadow of interrupts, NMI pending and masked, whether in SMM.
+// `interrupt.injected` and `sipi_vector` are SoftVcpu's.
 kvm_vcpu_events get_events(const Cpu& cpu) noexcept;
 int set_events(Cpu& cpu, const kvm_vcpu_events& events) noexcept;
 

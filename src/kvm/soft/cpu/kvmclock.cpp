@@ -4,6 +4,7 @@
 
 #include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/mmu/host_access.hpp"
+#include "kvm/soft/mmu/memory_map.hpp"
 
 namespace lodge::kvm::soft {
 namespace {
@@ -31,11 +32,11 @@ struct WallClock {
 static_assert(sizeof(WallClock) == 12);
 
 // An odd version tells readers to try again.
-uint32_t begin_version(Cpu& cpu, uint64_t gpa) noexcept {
+uint32_t begin_version(const MemoryMap& memory, uint64_t gpa) noexcept {
   uint32_t version = 0;
-  if (!cpu.read_physical(gpa, &version, sizeof version)) return 0;
+  if (!memory.read(gpa, &version, sizeof version)) return 0;
   version = (version | 1) + ((version & 1) != 0 ? 2 : 0);
-  cpu.write_physical(gpa, &version, sizeof version);
+  memory.write(gpa, &version, sizeof version);
   host_store_fence();
   return version;
 }
@@ -67,28 +68,32 @@ uint64_t ClockScale::nanoseconds(uint64_t ticks) const noexcept {
 }
 
 void update_kvmclock(Cpu& cpu) noexcept {
-  const uint64_t msr = cpu.msr.kvm_system_time;
+  write_clock_page(*cpu.memory, cpu.msr.kvm_system_time, cpu.platform());
+}
+
+void write_clock_page(const MemoryMap& memory, uint64_t msr, Platform& platform) noexcept {
   if ((msr & enabled) == 0) return;
   const uint64_t gpa = msr & ~enabled;
-  const ClockScale scale = clock_scale(cpu.platform().tsc_khz());
+  const auto lock = platform.lock_clock_pages();
+  const ClockScale scale = clock_scale(platform.tsc_khz());
   TimeInfo info{};
-  info.version = begin_version(cpu, gpa);
-  const Platform::ClockPair now = cpu.platform().clock_pair();
+  info.version = begin_version(memory, gpa);
+  const Platform::ClockPair now = platform.clock_pair();
   info.tsc_timestamp = now.tsc;
   info.system_time = now.ns;
   info.tsc_to_system_mul = scale.mul;
   info.tsc_shift = scale.shift;
   info.flags = flag_tsc_stable;
-  cpu.write_physical(gpa, &info, sizeof info);
+  memory.write(gpa, &info, sizeof info);
   host_store_fence();
   ++info.version;
-  cpu.write_physical(gpa, &info.version, sizeof info.version);
+  memory.write(gpa, &info.version, sizeof info.version);
 }
 
 void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept {
   const uint64_t boot = cpu.platform().wall_ns() - cpu.platform().kvmclock_ns();
   WallClock clock{};
-  clock.version = begin_version(cpu, gpa);
+  clock.version = begin_version(*cpu.memory, gpa);
   clock.sec = static_cast<uint32_t>(boot / 1'000'000'000);
   clock.nsec = static_cast<uint32_t>(boot % 1'000'000'000);
   cpu.write_physical(gpa, &clock, sizeof clock);

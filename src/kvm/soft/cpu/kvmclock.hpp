@@ -10,6 +10,11 @@ namespace lodge::kvm::soft {
 // set_tsc(), KVM_SET_CLOCK, a restore, and at request::clock. vCPU's thread only.
 void update_kvmclock(Cpu& cpu) noexcept;
 
+// The same for a vCPU of any thread, of which `msr` is the MSR and `platform` the surroundings:
+// KVM_SET_CLOCK. No vCPU may run with the new page of its own and the old one of another, since Linux's vDSO
+// reads the first vCPU's on all.
+void write_clock_page(const MemoryMap& memory, uint64_t msr, Platform& platform) noexcept;
+
 // Writes the boot time (wall clock minus kvmclock) to `gpa`.
 void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept;
 

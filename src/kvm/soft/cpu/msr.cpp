@@ -6,6 +6,7 @@
 #include "kvm/soft/cpu/msr.hpp"
 
 #include <array>
+#include <atomic>
 
 #include "kvm/soft/cpu/control.hpp"
 #include "kvm/soft/cpu/cpuid_bits.hpp"
@@ -26,11 +27,13 @@ enum Index : uint32_t {
   ebl_cr_poweron = 0x2a,
   ebc_frequency_id = 0x2c,
   ia32_feature_control = 0x3a,
+  msr_smi_count = 0x34,
   ia32_tsc_adjust = 0x3b,
   ia32_spec_ctrl = 0x48,
   ia32_pred_cmd = 0x49,
   ia32_bios_updt_trig = 0x79,
   ia32_bios_sign_id = 0x8b,
+  ia32_smbase = 0x9e,
   msr_fsb_freq = 0xcd,
   msr_platform_info = 0xce,
   ia32_mtrrcap = 0xfe,
@@ -114,8 +117,8 @@ enum Index : uint32_t {
   amd_de_cfg = 0xc001'1029,
 };
 
-// The TSC counts at the frequency of P0: without it Linux complains about the firmware.
-constexpr uint64_t hwcr_tsc_freq_sel = 1u << 24;
+// Bits of HWCR that a guest may write and that do nothing here: TLB cache, flush filter, IGNNE emulation.
+constexpr uint64_t hwcr_ignored = 1u << 3 | 1u << 6 | 1u << 8;
 // IA32_ARCH_CAPABILITIES: guest code is interpreted, so the flaws that native code could use are not there:
 // RDCL_NO, SKIP_L1DFL, SSB_NO, MDS_NO, PSCHANGE_MC_NO, TAA_NO, SBDR_SSDP_NO, FBSDP_NO, PSDP_NO, BHI_NO,
 // PBRSB_NO, GDS_NO, RFDS_NO, ITS_NO.
@@ -157,6 +160,7 @@ uint64_t* plain(Cpu& cpu, uint32_t index) noexcept {
   switch (index) {
     case ia32_star: return &cpu.msr.star;
     case ia32_sysenter_cs: return &cpu.msr.sysenter_cs;
+    case ia32_smbase: return &cpu.msr.smbase;
     default: return nullptr;
   }
 }
@@ -175,14 +179,14 @@ uint64_t* address(Cpu& cpu, uint32_t index) noexcept {
   }
 }
 
-// Registers that the guest meets on its vendor's chips only.
+// Registers that the guest meets on its vendor's chips only. KVM gives guests of all vendors POWER_CTL,
+// PLATFORM_INFO and MISC_FEATURES_ENABLES.
 bool intel_only(uint32_t index) noexcept {
   switch (index) {
     case ia32_platform_id:
     case ebl_cr_poweron:
     case ia32_feature_control:
     case msr_fsb_freq:
-    case msr_platform_info:
     case bbl_cr_ctl3:
     case ia32_perf_status:
     case ia32_perf_ctl:
@@ -192,9 +196,7 @@ bool intel_only(uint32_t index) noexcept {
     case ia32_misc_enable:
     case ia32_energy_perf_bias:
     case ia32_bios_updt_trig:
-    case ebc_frequency_id:
-    case misc_features_enables:
-    case power_ctl: return true;
+    case ebc_frequency_id: return true;
     default: return false;
   }
 }
@@ -223,7 +225,6 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case pp0_energy_status:
     case pp1_energy_status:
     case power_ctl:
-    case misc_features_enables:
     case amd_syscfg:
     case amd_top_mem2:
     case amd_nb_cfg:
@@ -243,13 +244,11 @@ bool constant(const Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
     case amd_clk_ctl: value = 0x2000'0000; return true;
     case ebc_frequency_id: value = 1u << 24; return true;
     case amd_top_mem: value = 0; return true;
-    case amd_hwcr: value = hwcr_tsc_freq_sel; return true;
     case amd_de_cfg: value = de_cfg_lfence_serializing; return true;
     case ia32_perf_status: value = 1000; return true;
     case bbl_cr_ctl3: value = 0xbe70'2111; return true;
     case msr_fsb_freq: value = 3; return true;
     case ia32_feature_control: value = 1; return true;  // locked, everything off
-    case msr_platform_info: value = uint64_t{1} << 31; return true;
     case ia32_mtrrcap: value = mtrrcap; return (cpu.features.leaf1_edx & cpuid1_edx::mtrr) != 0;
     default: return false;
   }
@@ -270,6 +269,7 @@ bool offers_tsc_aux(const Features& f) noexcept {
 bool announced(const Cpu& cpu, uint32_t index) noexcept {
   const Features& f = cpu.features;
   switch (index) {
+    case ia32_smbase: return false;  // the VMM's: the guest moves it by its save area
     case ia32_spec_ctrl: return offers_spec_ctrl(f);
     case ia32_pred_cmd: return offers_pred_cmd(f);
     case ia32_flush_cmd: return (f.leaf7_edx & cpuid7_edx::flush_l1d) != 0;
@@ -298,6 +298,11 @@ bool announced(const Cpu& cpu, uint32_t index) noexcept {
   }
 }
 
+// The VMM may take it away from its guests (KVM_CAP_MSR_PLATFORM_INFO).
+bool hidden_from_guest(Cpu& cpu, uint32_t index) noexcept {
+  return !announced(cpu, index) || (index == msr_platform_info && !cpu.platform().settings().platform_info);
+}
+
 bool is_apic(uint32_t index) noexcept {
   return index == ia32_apic_base || index == ia32_tsc_deadline ||
          (index >= x2apic_first && index <= x2apic_last);
@@ -306,6 +311,7 @@ bool is_apic(uint32_t index) noexcept {
 bool read_other(Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
   switch (index) {
     case ia32_tsc: value = cpu.platform().tsc(); return true;
+    case msr_smi_count: value = cpu.msr.smi_count; return true;
     case ia32_tsc_adjust: value = cpu.msr.tsc_adjust; return true;
     case ia32_spec_ctrl: value = cpu.msr.spec_ctrl; return true;
     case ia32_arch_capabilities: value = arch_capabilities & ~cpu.msr.arch_capabilities_hidden; return true;
@@ -315,7 +321,10 @@ bool read_other(Cpu& cpu, uint32_t index, uint64_t& value) noexcept {
                                         : default_revision;
       return true;
     case ia32_misc_enable: value = cpu.msr.misc_enable | misc_enable_fixed; return true;
+    case msr_platform_info: value = cpu.msr.platform_info; return true;
+    case misc_features_enables: value = cpu.msr.misc_features; return true;
     case ia32_debugctl: value = cpu.msr.debug_ctl; return true;
+    case amd_hwcr: value = cpu.msr.hwcr; return true;
     case ia32_pat: value = cpu.msr.pat; return true;
     case ia32_mtrr_def_type: value = cpu.msr.mtrr_def_type; return true;
     case ia32_xss: value = cpu.msr.xss; return true;
@@ -349,8 +358,12 @@ void write_tsc_adjust(Cpu& cpu, uint64_t value, bool host_initiated) noexcept {
 }
 
 void write_tsc(Cpu& cpu, uint64_t value, bool host_initiated) noexcept {
-  if (!host_initiated) cpu.msr.tsc_adjust += value - cpu.platform().tsc();
-  cpu.platform().set_tsc(value);
+  if (host_initiated) {
+    cpu.platform().synchronize_tsc(value);
+  } else {
+    cpu.msr.tsc_adjust += value - cpu.platform().tsc();
+    cpu.platform().set_tsc(value);
+  }
   update_kvmclock(cpu);
 }
 
@@ -368,7 +381,8 @@ bool write_clock(Cpu& cpu, uint32_t index, uint64_t value) noexcept {
     cpu.msr.kvm_wall_clock = value;
     if (value != 0) write_wall_clock(cpu, value & ~uint64_t{3});
   } else {
-    cpu.msr.kvm_system_time = value;
+    // KVM_SET_CLOCK looks at it from another thread.
+    std::atomic_ref(cpu.msr.kvm_system_time).store(value, std::memory_order_relaxed);
     update_kvmclock(cpu);
   }
   return true;
@@ -377,6 +391,9 @@ bool write_clock(Cpu& cpu, uint32_t index, uint64_t value) noexcept {
 bool write_other(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) noexcept {
   switch (index) {
     case ia32_tsc: write_tsc(cpu, value, host_initiated); return true;
+    case msr_smi_count:
+      if (host_initiated) cpu.msr.smi_count = value;
+      return host_initiated;
     case ia32_tsc_adjust: write_tsc_adjust(cpu, value, host_initiated); return true;
     case ia32_spec_ctrl:
       if ((value & ~uint64_t{7}) != 0) return false;
@@ -394,10 +411,28 @@ bool write_other(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) 
       if (host_initiated) cpu.msr.bios_sign_id = value;
       return host_initiated || value == 0;
     case ia32_misc_enable: cpu.msr.misc_enable = value; return true;
+    case msr_platform_info:
+      if (!host_initiated || ((value & MsrState::platform_cpuid_fault) == 0 &&
+                              (cpu.msr.misc_features & MsrState::cpuid_fault) != 0))
+        return false;
+      cpu.msr.platform_info = value;
+      return true;
+    case misc_features_enables:
+      if ((value & ~MsrState::cpuid_fault) != 0 ||
+          ((value & MsrState::cpuid_fault) != 0 &&
+           (cpu.msr.platform_info & MsrState::platform_cpuid_fault) == 0))
+        return false;
+      cpu.msr.misc_features = value;
+      return true;
     case ia32_debugctl:
       if ((value & ~uint64_t{3}) != 0) return false;
       cpu.msr.debug_ctl = value;
       cpu.state_changed();
+      return true;
+    case amd_hwcr:
+      value &= ~hwcr_ignored;
+      if ((value & ~(hwcr::mc_status_write_enable | hwcr::tsc_freq_sel)) != 0) return false;
+      cpu.msr.hwcr = value;
       return true;
     case ia32_pat:
       if (!each_byte(value, pat_type)) return false;
@@ -436,6 +471,12 @@ bool write_other(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) 
       return constant(cpu, index, ignored);
     }
   }
+}
+
+// HWCR.McStatusWrEn lets AMD's guests write what they read from a bank (APM volume 2, 3.2.10).
+bool may_write_bank_status(const Cpu& cpu, uint32_t index) noexcept {
+  return cpu.features.amd_like && (cpu.msr.hwcr & hwcr::mc_status_write_enable) != 0 &&
+         is_machine_check_bank_status(index);
 }
 
 constexpr std::array index_list = {
@@ -482,11 +523,16 @@ constexpr std::array index_list = {
     0x26eu,
     0x26fu,
     uint32_t{ia32_misc_enable},
+    uint32_t{msr_platform_info},
+    uint32_t{misc_features_enables},
     uint32_t{ia32_mcg_status},
     uint32_t{ia32_mcg_ctl},
     uint32_t{ia32_spec_ctrl},
     uint32_t{ia32_bios_sign_id},
+    uint32_t{ia32_smbase},
+    uint32_t{msr_smi_count},
     uint32_t{ia32_debugctl},
+    uint32_t{amd_hwcr},
     uint32_t{ia32_xss},
     uint32_t{ia32_tsc_adjust},
     uint32_t{ia32_tsc},
@@ -506,7 +552,7 @@ bool read_msr(Cpu& cpu, uint32_t index, uint64_t& value, bool host_initiated) no
   if (is_apic(index)) return cpu.platform().read_apic_msr(index, value);
   if (is_machine_check_msr(index))
     return read_machine_check(cpu.msr.machine_check, index, value, host_initiated);
-  if (!host_initiated && !announced(cpu, index)) return false;
+  if (!host_initiated && hidden_from_guest(cpu, index)) return false;
   if (index >= ia32_mtrr_physbase0 && index < mtrr_variable_end) {
     value = cpu.msr.mtrr_variable[index - ia32_mtrr_physbase0];
     return true;
@@ -521,9 +567,10 @@ bool read_msr(Cpu& cpu, uint32_t index, uint64_t& value, bool host_initiated) no
 }
 
 bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) noexcept {
-  if (is_apic(index)) return cpu.platform().write_apic_msr(index, value);
+  if (is_apic(index)) return cpu.platform().write_apic_msr(index, value, host_initiated);
   if (is_machine_check_msr(index))
-    return write_machine_check(cpu.msr.machine_check, index, value, host_initiated);
+    return write_machine_check(cpu.msr.machine_check, index, value,
+                               host_initiated || may_write_bank_status(cpu, index));
   if (!host_initiated && !announced(cpu, index)) return false;
   if (index >= ia32_mtrr_physbase0 && index < mtrr_variable_end)
     return write_mtrr_variable(cpu, index, value);
@@ -542,6 +589,12 @@ bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) no
     return true;
   }
   return write_other(cpu, index, value, host_initiated);
+}
+
+bool knows_msr(Cpu& cpu, uint32_t index) noexcept {
+  uint64_t ignored = 0;
+  return is_apic(index) || index == ia32_pred_cmd || index == ia32_flush_cmd ||
+         read_msr(cpu, index, ignored, true);
 }
 
 std::span<const uint32_t> msr_index_list() noexcept {

@@ -16,6 +16,9 @@ namespace lodge::kvm::soft {
 bool read_msr(Cpu& cpu, uint32_t index, uint64_t& value, bool host_initiated) noexcept;
 bool write_msr(Cpu& cpu, uint32_t index, uint64_t value, bool host_initiated) noexcept;
 
+// Whether there is such a register at all, whatever the guest's CPUID says.
+bool knows_msr(Cpu& cpu, uint32_t index) noexcept;
+
 // KVM_GET_MSR_INDEX_LIST: what a snapshot must carry, in an order in which it can be restored.
 std::span<const uint32_t> msr_index_list() noexcept;
 // KVM_GET_MSR_FEATURE_INDEX_LIST and the values of those registers.

@@ -1,4 +1,6 @@
 // Power-up, INIT and SIPI. SDM volume 3, table 9-1 and section 8.4.
+#include <atomic>
+
 #include "kvm/soft/cpu/control.hpp"
 #include "kvm/soft/cpu/events.hpp"
 
@@ -39,6 +41,8 @@ void reset_common(Cpu& cpu, uint64_t kept_cr0) noexcept {
   cpu.pending = {};
   cpu.interrupt_shadow = cpu.shadow_is_mov_ss = false;
   cpu.nmi_blocked = cpu.halted = cpu.wants_exit = false;
+  cpu.nmi_blocked_before_smm = false;
+  if (cpu.smm) cpu.set_smm(false);
 }
 
 void reset_vector(VectorState& vector) noexcept {
@@ -55,7 +59,8 @@ void reset_cpu(Cpu& cpu, bool init) noexcept {
   if (init) {
     reset_common(cpu, cpu.cr0 & (cr0::cd | cr0::nw));
     // Whoever sends INIT may use the memory for something else (a kernel that was started by another one).
-    cpu.msr.kvm_system_time = cpu.msr.kvm_steal_time = cpu.msr.kvm_pv_eoi = 0;
+    std::atomic_ref(cpu.msr.kvm_system_time).store(0, std::memory_order_relaxed);  // read by KVM_SET_CLOCK
+    cpu.msr.kvm_steal_time = cpu.msr.kvm_pv_eoi = 0;
   } else {
     reset_common(cpu, cr0::cd | cr0::nw);
     cpu.xcr0 = 1;

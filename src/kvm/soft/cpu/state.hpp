@@ -76,6 +76,11 @@ struct alignas(64) VectorState {
   uint32_t pkru = 0;
 };
 
+// AMD's hardware configuration register.
+namespace hwcr {
+inline constexpr uint64_t mc_status_write_enable = 1u << 18, tsc_freq_sel = 1u << 24;
+}
+
 // MSRs that have no other home.
 struct MsrState {
   MachineCheck machine_check;
@@ -88,7 +93,11 @@ struct MsrState {
   std::array<uint64_t, 16> mtrr_variable{};
   uint64_t kvm_wall_clock = 0, kvm_system_time = 0, kvm_async_pf_en = 0, kvm_steal_time = 0, kvm_pv_eoi = 0,
            kvm_poll_control = 1, kvm_async_pf_int = 0, kvm_migration_control = 0;
-  uint64_t smbase = 0x30000;
+  uint64_t smbase = 0x30000, smi_count = 0;
+  static constexpr uint64_t platform_cpuid_fault = uint64_t{1} << 31, cpuid_fault = 1;
+  uint64_t platform_info = platform_cpuid_fault;  // MSR_PLATFORM_INFO: CPUID faulting is there
+  uint64_t misc_features = 0;                     // MISC_FEATURES_ENABLES: CPUID faults outside of CPL 0
+  uint64_t hwcr = 0;
   uint64_t arch_capabilities_hidden = 0;  // bits of IA32_ARCH_CAPABILITIES that the VMM has taken away
 };
 

@@ -1,6 +1,7 @@
 #include "kvm/soft/cpu/steal_time.hpp"
 
 #include <cstddef>
+#include <utility>
 
 #include "kvm/soft/cpu/cpuid_bits.hpp"
 #include "kvm/soft/cpu/platform.hpp"
@@ -48,10 +49,17 @@ void StealTime::leave() noexcept {
   if (enabled()) cpu_.write_physical(area() + offsetof(Area, preempted), &preempted, sizeof preempted);
 }
 
+void StealTime::left() noexcept {
+  if (enabled()) left_ = __builtin_ia32_rdtsc();
+}
+
 void StealTime::update() noexcept {
   if (!enabled()) return;
   const uint64_t now = __builtin_ia32_rdtsc();
-  if (now < next_update_) return;
+  const uint64_t left = std::exchange(left_, 0);
+  // A twentieth of a millisecond elsewhere: next to that, asking costs little.
+  const bool was_away = left != 0 && now - left > cpu_.platform().tsc_khz() / 20;
+  if (now < next_update_ && !was_away) return;
   next_update_ = now + cpu_.platform().tsc_khz();
   const uint64_t taken = delay_.take();
   if (taken == 0) return;

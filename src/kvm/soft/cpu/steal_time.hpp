@@ -25,8 +25,10 @@ class StealTime {
   void enter() noexcept;
   // It will not touch its TLB until enter(): it halts, or the VMM has work to do.
   void leave() noexcept;
+  // The vCPU's thread goes back to the VMM, where it may be kept waiting as well.
+  void left() noexcept;
   // Adds what the host has taken. At most once in a millisecond, since asking the host takes about one
-  // microsecond.
+  // microsecond; and when the VMM had the thread for longer than that takes.
   void update() noexcept;
 
  private:
@@ -35,7 +37,7 @@ class StealTime {
 
   Cpu& cpu_;
   RunDelay delay_;
-  uint64_t next_update_ = 0;  // TSC of the host
+  uint64_t next_update_ = 0, left_ = 0;  // TSC of the host; left_ is 0 since the last update
 };
 
 }  // namespace lodge::kvm::soft

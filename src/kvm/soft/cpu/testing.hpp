@@ -26,7 +26,7 @@ class FakePlatform : public Platform {
     value = apic_base;
     return index == 0x1b;
   }
-  bool write_apic_msr(uint32_t index, uint64_t value) noexcept override {
+  bool write_apic_msr(uint32_t index, uint64_t value, bool) noexcept override {
     apic_base = value;
     return index == 0x1b;
   }
@@ -39,7 +39,8 @@ class FakePlatform : public Platform {
   uint32_t tsc_khz() noexcept override { return 2'000'000; }
   uint64_t kvmclock_ns() noexcept override { return 5'000'000'000; }
   uint64_t wall_ns() noexcept override { return 1'700'000'005'000'000'123; }
-  bool exit_for_msr(uint32_t, bool, uint64_t) noexcept override { return false; }
+  const VmSettings& settings() const noexcept override { return vm_settings; }
+  bool exit_for_msr(uint32_t, bool, uint64_t, uint32_t) noexcept override { return false; }
   bool mmio(uint64_t, void* data, unsigned size, bool write) noexcept override {
     if (!write) std::memset(data, 0xff, size);
     return true;
@@ -52,6 +53,7 @@ class FakePlatform : public Platform {
 
   uint64_t apic_base = 0xfee0'0900, time = 1'000'000;
   uint8_t priority = 0;
+  VmSettings vm_settings;
   std::mutex mutex;
 };
 
@@ -88,7 +90,7 @@ class Machine {
     kvm_userspace_memory_region region{};
     region.memory_size = size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram_);
-    memory_.slots.push_back(std::make_shared<Slot>(region, code_epoch_));
+    memory_.insert(std::make_shared<Slot>(region, code_epoch_));
     cpu.memory = &memory_;
     set_features(host_cpuid());
     reset_cpu(cpu, false);

@@ -130,6 +130,7 @@ uint8_t gpr_offset(ZydisRegister reg) noexcept {
 uint32_t decode_key(const Cpu& cpu) noexcept {
   uint32_t k = machine_mode(cpu) | (cpu.flat ? key::flat : 0u) | (cpu.cpl() == 3 ? key::user : 0u) |
                (cpu.cpl() == 0 ? key::kernel : 0u);
+  if (cpu.smm) k |= key::smm;
   k |= cpu.tlb_set() << key::tlb_shift;
   if ((cpu.cr0 & cr0::ts) != 0) k |= key::ts;
   if ((cpu.cr0 & cr0::em) != 0) k |= key::em;

@@ -17,6 +17,7 @@ inline constexpr unsigned tlb_shift = 5;  // two bits: which TLB set
 inline constexpr uint32_t ts = 0x80, em = 0x100, osfxsr = 0x200, avx = 0x400, avx512 = 0x800,
                           tsc_direct = 0x2000,  // RDTSC is the host's, plus an offset
     kernel = 0x4000,                            // CPL 0
+    smm = 0x8000,                               // system-management mode, whose memory is another one
     fp_unmasked = 0x1000;                       // some x87 or SIMD exception is not masked
 }  // namespace key
 

@@ -11,7 +11,7 @@
 
 namespace lodge::kvm::soft {
 
-class MemoryMap;
+struct AddressSpaces;
 class Translation;
 
 // Decoded instructions, made once and then only read: a vCPU's block and its translations share them.
@@ -35,11 +35,11 @@ struct DecodedBlock {
   uint64_t host = 0;  // host address of the first byte: two mappings of one page share their blocks
   uint32_t key = 0;   // the modes that decoding depends on (decode_key())
   uint32_t instructions = 0;
-  // The code words (Slot::code) of the page or pages that it was decoded from, and their values then.
+  // The code words (CodePages::word) of the page or pages that it was decoded from, and their values then.
   std::atomic<uint32_t>* word[2] = {nullptr, nullptr};
   uint32_t word_value[2] = {0, 0};
-  uint64_t host_page[2] = {0, 0};        // host addresses of these pages; second 0: none
-  std::shared_ptr<const MemoryMap> map;  // keeps the code words
+  uint64_t host_page[2] = {0, 0};            // host addresses of these pages; second 0: none
+  std::shared_ptr<const AddressSpaces> map;  // keeps the code words
   uint32_t bytes = 0;
   Ops ops;  // the last one ends the block
 

@@ -180,8 +180,8 @@ Complex transfers_and_flags(ZydisMnemonic mnemonic) noexcept {
     case ZYDIS_MNEMONIC_SYSRET: return sysret;
     case ZYDIS_MNEMONIC_SYSENTER: return sysenter;
     case ZYDIS_MNEMONIC_SYSEXIT: return sysexit;
-    case ZYDIS_MNEMONIC_VMCALL:
-    case ZYDIS_MNEMONIC_VMMCALL: return vmcall;
+    case ZYDIS_MNEMONIC_VMCALL: return vmcall;
+    case ZYDIS_MNEMONIC_VMMCALL: return vmmcall;
     case ZYDIS_MNEMONIC_CLI: return cli;
     case ZYDIS_MNEMONIC_STI: return sti;
     case ZYDIS_MNEMONIC_PUSHF:
@@ -241,9 +241,8 @@ Complex miscellaneous(ZydisMnemonic mnemonic) noexcept {
     case ZYDIS_MNEMONIC_BNDSTX: return nop;
     case ZYDIS_MNEMONIC_UD0:
     case ZYDIS_MNEMONIC_UD1:
-    case ZYDIS_MNEMONIC_UD2:
-    // Outside system-management mode, where a guest of soft always is.
-    case ZYDIS_MNEMONIC_RSM: return undefined_opcode;
+    case ZYDIS_MNEMONIC_UD2: return undefined_opcode;
+    case ZYDIS_MNEMONIC_RSM: return rsm;
     default: return nullptr;
   }
 }

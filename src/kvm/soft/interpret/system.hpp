@@ -92,8 +92,9 @@ Step sysret(Cpu&, const Op&) noexcept;
 Step sysenter(Cpu&, const Op&) noexcept;
 Step sysexit(Cpu&, const Op&) noexcept;
 Step vmcall(Cpu&, const Op&) noexcept;
+Step vmmcall(Cpu&, const Op&) noexcept;
 
-// system_flag.cpp: interrupt flag, PUSHF and POPF, HLT.
+// system_flag.cpp: interrupt flag, PUSHF and POPF, HLT, RSM.
 Step cli(Cpu&, const Op&) noexcept;
 Step sti(Cpu&, const Op&) noexcept;
 Step pushf(Cpu&, const Op&) noexcept;
@@ -105,6 +106,7 @@ Step monitor(Cpu&, const Op&) noexcept;
 Step mwait(Cpu&, const Op&) noexcept;
 Step monitorx(Cpu&, const Op&) noexcept;
 Step mwaitx(Cpu&, const Op&) noexcept;
+Step rsm(Cpu&, const Op&) noexcept;
 
 // system_misc.cpp: identification, time, random numbers, caches and fences.
 Step cpuid_instruction(Cpu&, const Op&) noexcept;

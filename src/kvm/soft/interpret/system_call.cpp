@@ -1,6 +1,7 @@
 #include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/cpu/segments.hpp"
 #include "kvm/soft/interpret/system.hpp"
+#include "kvm/soft/mmu/memory_map.hpp"
 
 namespace lodge::kvm::soft::system {
 namespace {
@@ -90,7 +91,9 @@ Step sysexit(Cpu& cpu, const Op& op) noexcept {
   return Step::branch;
 }
 
-Step vmcall(Cpu& cpu, const Op& op) noexcept {
+namespace {
+
+Step hypercall(Cpu& cpu, const Op& op) noexcept {
   constexpr uint64_t not_permitted = ~uint64_t{0};  // -KVM_EPERM
   // Outside 64-bit mode the arguments are 32 bits wide.
   const uint64_t mask = cpu.mode() == Mode::bits64 ? ~uint64_t{0} : 0xffff'ffff;
@@ -102,6 +105,40 @@ Step vmcall(Cpu& cpu, const Op& op) noexcept {
   }
   cpu.gpr[rax] = result & mask;
   return end_block(cpu, op);
+}
+
+bool is_writable_ram(Cpu& cpu, uint64_t linear) noexcept {
+  uint64_t gpa = 0;
+  bool writable = false;
+  bool user = false;
+  if (!cpu.translate_debug(linear, gpa, writable, user) || !writable) return false;
+  const Slot* const slot = cpu.memory->find(gpa);
+  return slot != nullptr && !slot->read_only;
+}
+
+// VMCALL is Intel's instruction, VMMCALL AMD's. The other vendor's is #UD, unless KVM's quirk is on, which
+// writes the right one over it where it can and does what was asked for in any case.
+Step foreign_hypercall(Cpu& cpu, const Op& op) noexcept {
+  if ((cpu.platform().settings().disabled_quirks & VmSettings::quirk_fix_hypercall) != 0)
+    return undefined_opcode(cpu, op);
+  const bool wide = cpu.mode() == Mode::bits64;
+  const uint64_t end =
+      wide ? cpu.next_rip(op) : static_cast<uint32_t>(cpu.segment[seg_cs].base + cpu.next_rip(op));
+  const uint8_t native = cpu.features.amd_like ? 0xd9 : 0xc1;  // behind 0F 01
+  if (cpu.cpl() == 0 && is_writable_ram(cpu, end - 1) && !cpu.write(end - 1, native)) {
+    if (!cpu.pending.valid) return Step::fault;  // once more, alone: the code that runs is written to
+    cpu.pending.valid = false;
+  }
+  return hypercall(cpu, op);
+}
+
+}  // namespace
+
+Step vmcall(Cpu& cpu, const Op& op) noexcept {
+  return cpu.features.amd_like ? foreign_hypercall(cpu, op) : hypercall(cpu, op);
+}
+Step vmmcall(Cpu& cpu, const Op& op) noexcept {
+  return cpu.features.amd_like ? hypercall(cpu, op) : foreign_hypercall(cpu, op);
 }
 
 }  // namespace lodge::kvm::soft::system

@@ -21,15 +21,19 @@ bool known_cr(Cpu& cpu, unsigned number) noexcept {
 bool debug_access(Cpu& cpu) noexcept {
   if (cpu.cpl() != 0) return cpu.raise(Exception::gp, 0);
   constexpr uint64_t general_detect = 0x2000;
-  return (cpu.dr7 & general_detect) == 0 || cpu.raise_debug(general_detect);
+  return (cpu.active_dr7() & general_detect) == 0 || cpu.raise_debug(general_detect);
 }
 
-Step msr_fault(Cpu& cpu, uint32_t index, bool write, uint64_t value) noexcept {
-  if (cpu.platform().exit_for_msr(index, write, value)) {
+Step msr_fault(Cpu& cpu, uint32_t index, bool write, uint64_t value, uint32_t reason) noexcept {
+  if (cpu.platform().exit_for_msr(index, write, value, reason)) {
     cpu.wants_exit = true;
     return Step::fault;
   }
   return general_protection(cpu);
+}
+
+uint32_t refusal(Cpu& cpu, uint32_t index) noexcept {
+  return knows_msr(cpu, index) ? KVM_MSR_EXIT_REASON_INVAL : KVM_MSR_EXIT_REASON_UNKNOWN;
 }
 
 }  // namespace
@@ -116,7 +120,14 @@ Step rdmsr(Cpu& cpu, const Op&) noexcept {
   if (cpu.cpl() != 0) return general_protection(cpu);
   const auto index = static_cast<uint32_t>(cpu.gpr[rcx]);
   uint64_t value = 0;
-  if (!read_msr(cpu, index, value, false)) return msr_fault(cpu, index, false, 0);
+  if (const auto answer = cpu.platform().msr_answer()) {
+    if (answer->refused) return general_protection(cpu);
+    value = answer->value;
+  } else if (!cpu.platform().settings().allows_msr(index, false)) {
+    return msr_fault(cpu, index, false, 0, KVM_MSR_EXIT_REASON_FILTER);
+  } else if (!read_msr(cpu, index, value, false)) {
+    return msr_fault(cpu, index, false, 0, refusal(cpu, index));
+  }
   set_edx_eax(cpu, value);
   return Step::next;
 }
@@ -125,7 +136,13 @@ Step wrmsr(Cpu& cpu, const Op& op) noexcept {
   if (cpu.cpl() != 0) return general_protection(cpu);
   const auto index = static_cast<uint32_t>(cpu.gpr[rcx]);
   const uint64_t value = edx_eax(cpu);
-  if (!write_msr(cpu, index, value, false)) return msr_fault(cpu, index, true, value);
+  if (const auto answer = cpu.platform().msr_answer()) {
+    if (answer->refused) return general_protection(cpu);
+  } else if (!cpu.platform().settings().allows_msr(index, true)) {
+    return msr_fault(cpu, index, true, value, KVM_MSR_EXIT_REASON_FILTER);
+  } else if (!write_msr(cpu, index, value, false)) {
+    return msr_fault(cpu, index, true, value, refusal(cpu, index));
+  }
   return end_block(cpu, op);
 }
 

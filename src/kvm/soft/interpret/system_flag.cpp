@@ -1,7 +1,9 @@
 // The interrupt flag and what virtual-8086 mode (VME) and protected-mode virtual interrupts (PVI) make of it.
-// SDM volume 3, chapter 20; volume 2, CLI, STI, PUSHF, POPF.
+// SDM volume 3, chapter 20; volume 2, CLI, STI, PUSHF, POPF. HLT and its relatives, RSM.
 #include <ctime>
 
+#include "kvm/soft/cpu/platform.hpp"
+#include "kvm/soft/cpu/smm.hpp"
 #include "kvm/soft/interpret/system.hpp"
 
 namespace lodge::kvm::soft::system {
@@ -131,6 +133,13 @@ Step hlt(Cpu& cpu, const Op& op) noexcept {
   if (cpu.cpl() != 0) return general_protection(cpu);
   cpu.halted = true;
   return end_block(cpu, op);
+}
+
+Step rsm(Cpu& cpu, const Op& op) noexcept {
+  if (!cpu.smm) return undefined_opcode(cpu, op);
+  if (leave_smm(cpu)) return Step::branch;
+  cpu.platform().shutdown();
+  return Step::exit;
 }
 
 Step monitor(Cpu& cpu, const Op& op) noexcept {

@@ -37,6 +37,7 @@ Step store_random(Cpu& cpu, const Op& op, const Random& random) noexcept {
 }  // namespace
 
 Step cpuid_instruction(Cpu& cpu, const Op&) noexcept {
+  if ((cpu.msr.misc_features & MsrState::cpuid_fault) != 0 && cpu.cpl() != 0) return general_protection(cpu);
   const Features::Result out =
       cpuid(cpu, static_cast<uint32_t>(cpu.gpr[rax]), static_cast<uint32_t>(cpu.gpr[rcx]));
   cpu.gpr[rax] = out.eax;

@@ -66,6 +66,15 @@ void Irqchip::set_x2apic_api(uint64_t flags) {
   x2apic_api_.fetch_or(flags);
 }
 
+void Irqchip::set_bus_period(uint64_t nanoseconds) {
+  const std::lock_guard lock(setup_);
+  if (mode() == Mode::none) throw_errno(ENXIO, "the VM has no LAPICs");
+  constexpr uint64_t longest_count = uint64_t{UINT32_MAX} * 128;
+  if (nanoseconds == 0 || nanoseconds > UINT64_MAX / longest_count || lapic_count_.load() != 0)
+    throw_errno(EINVAL, "the LAPIC timers' period is out of range, or comes after a vCPU");
+  bus_period_ns_ = nanoseconds;
+}
+
 Lapic& Irqchip::add_vcpu(uint32_t id, VcpuPort& port) {
   const std::lock_guard lock(setup_);
   if (mode() == Mode::none) throw_errno(ENXIO, "the VM has no irqchip");
@@ -73,9 +82,10 @@ Lapic& Irqchip::add_vcpu(uint32_t id, VcpuPort& port) {
   if (count == max_vcpus) throw_errno(EINVAL, "too many vCPUs");
   for (const auto& lapic : owned_)
     if (lapic->id() == id && !lapic->detached()) throw_errno(EEXIST, "the vCPU exists already");
-  owned_.push_back(std::make_unique<Lapic>(
-      id, port, *this, clock_,
-      Lapic::Options{.eoi_suppression = mode() == Mode::split, .boot = id == boot_id_}));
+  owned_.push_back(std::make_unique<Lapic>(id, port, *this, clock_,
+                                           Lapic::Options{.eoi_suppression = mode() == Mode::split,
+                                                          .boot = id == boot_id_,
+                                                          .bus_period_ns = bus_period_ns_}));
   lapics_[count].store(owned_.back().get(), std::memory_order_relaxed);
   lapic_count_.store(count + 1, std::memory_order_release);
   return *owned_.back();

@@ -47,6 +47,9 @@ class Irqchip final : public ApicFabric,
       const kvm_pit_config& config);  // KVM_CREATE_PIT2: EEXIST, ENOENT without the full irqchip, EINVAL
   void set_reinject(const kvm_reinject_control& control);  // KVM_REINJECT_CONTROL: ENXIO
   void set_x2apic_api(uint64_t flags);                     // KVM_CAP_X2APIC_API: EINVAL
+  // What the LAPICs' timers count by (KVM_CAP_X86_APIC_BUS_CYCLES_NS): ENXIO without LAPICs, EINVAL (zero, so
+  // long that a count does not fit into 64 bits, or there is a vCPU already).
+  void set_bus_period(uint64_t nanoseconds);
   bool x2apic_ids() const noexcept { return (x2apic_api_.load() & KVM_X2APIC_API_USE_32BIT_IDS) != 0; }
 
   // The LAPIC of a new vCPU with this APIC ID (mode full or split). It belongs to the Irqchip; the vCPU calls
@@ -121,6 +124,7 @@ class Irqchip final : public ApicFabric,
   std::atomic<uint64_t> x2apic_api_{0};
   unsigned split_pins_ = 0;
   uint32_t boot_id_ = 0;
+  uint64_t bus_period_ns_ = Lapic::default_bus_period_ns;
 
   std::mutex setup_;
   std::vector<std::unique_ptr<Lapic>> owned_;

@@ -221,6 +221,16 @@ void Lapic::unhalt() noexcept {
   if (port_ != nullptr) port_->unhalt();
 }
 
+void Lapic::offer_cmci(bool offered) noexcept {
+  const std::lock_guard lock(mutex_);
+  cmci_ = offered;
+  regs_[reg_lvt_cmci] = lvt_masked;
+}
+
+bool Lapic::readable(unsigned reg, bool in_x2apic) const noexcept {
+  return reg == reg_lvt_cmci ? cmci_ : reg_readable(reg, in_x2apic);
+}
+
 void Lapic::local_interrupt(Local source) noexcept {
   const std::lock_guard lock(mutex_);
   const auto reg = static_cast<unsigned>(source);
@@ -337,7 +347,8 @@ void Lapic::settle_eoi(bool completed) noexcept {
 uint32_t Lapic::read_register(unsigned reg) noexcept {
   switch (reg) {
     case reg_id: return x2apic() ? id_ : regs_[reg_id];
-    case reg_version: return 0x14 | 5u << 16 | (options_.eoi_suppression ? 1u << 24 : 0);  // 6 LVT entries
+    case reg_version:  // 6 LVT entries, or 7
+      return 0x14 | (cmci_ ? 6u : 5u) << 16 | (options_.eoi_suppression ? 1u << 24 : 0);
     case reg_ppr: return ppr();
     case reg_current_count: return current_count();
     case reg_eoi:
@@ -377,6 +388,7 @@ void Lapic::write_svr(uint32_t value) noexcept {
   regs_[reg_svr] = value & (0x3ff | (options_.eoi_suppression ? svr_no_broadcast : 0));
   if ((regs_[reg_svr] & svr_enable) != 0) return;
   for (unsigned reg = reg_lvt_timer; reg <= reg_lvt_error; ++reg) regs_[reg] |= lvt_masked;
+  regs_[reg_lvt_cmci] |= lvt_masked;
 }
 
 void Lapic::write_lvt(unsigned reg, uint32_t value) noexcept {
@@ -411,7 +423,7 @@ void Lapic::write_register(unsigned reg, uint32_t value, Effects& effects) noexc
     case reg_svr: write_svr(value); break;
     case reg_esr: regs_[reg] = std::exchange(error_pending_, 0); break;
     case reg_icr:
-      regs_[reg] = value & 0xccfff;
+      regs_[reg] = value & ~icr_busy;  // the reserved bits read as written
       write_icr(effects);
       break;
     case reg_icr_high: regs_[reg] = value & 0xff000000; break;
@@ -457,7 +469,7 @@ uint32_t Lapic::mmio_read(uint32_t offset) noexcept {
   const std::lock_guard lock(mutex_);
   const unsigned reg = (offset >> 4) & 0x3f;
   if (x2apic() || offset > 0xfff) return 0xffffffff;
-  if (offset < 0x400 && reg_readable(reg, false)) return read_register(reg);
+  if (offset < 0x400 && readable(reg, false)) return read_register(reg);
   error(esr_illegal_register);
   update();
   return 0;
@@ -469,9 +481,9 @@ void Lapic::mmio_write(uint32_t offset, uint32_t value) noexcept {
     const std::lock_guard lock(mutex_);
     if (x2apic() || offset > 0xfff) return;
     const unsigned reg = (offset >> 4) & 0x3f;
-    if (offset < 0x400 && writable(reg, false)) {
+    if (offset < 0x400 && (writable(reg, false) || (cmci_ && reg == reg_lvt_cmci))) {
       write_register(reg, value, effects);
-    } else if (offset >= 0x400 || !reg_readable(reg, false)) {  // read-only registers ignore writes silently
+    } else if (offset >= 0x400 || !readable(reg, false)) {  // read-only registers ignore writes silently
       error(esr_illegal_register);
       update();
     }
@@ -498,7 +510,7 @@ void Lapic::mmio(uint32_t offset, bool write, void* data, unsigned size) noexcep
 bool Lapic::msr_read(uint32_t index, uint64_t& value) noexcept {
   const std::lock_guard lock(mutex_);
   const unsigned reg = index - 0x800;
-  if (!x2apic() || reg >= regs_.size() || !reg_readable(reg, true)) return false;
+  if (!x2apic() || reg >= regs_.size() || !readable(reg, true)) return false;
   value = read_register(reg);
   if (reg == reg_icr) value |= static_cast<uint64_t>(regs_[reg_icr_high]) << 32;
   return true;
@@ -509,7 +521,8 @@ bool Lapic::msr_write(uint32_t index, uint64_t value) noexcept {
   {
     const std::lock_guard lock(mutex_);
     const unsigned reg = index - 0x800;
-    if (!x2apic() || reg >= regs_.size() || !writable(reg, true)) return false;
+    if (!x2apic() || reg >= regs_.size() || !(writable(reg, true) || (cmci_ && reg == reg_lvt_cmci)))
+      return false;
     if (reg == reg_icr) {
       if ((value & 0xfff32000) != 0) return false;
       regs_[reg_icr_high] = static_cast<uint32_t>(value >> 32);

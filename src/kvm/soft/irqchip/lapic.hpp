@@ -47,11 +47,12 @@ class Lapic {
   static constexpr uint64_t base_bsp = 1u << 8;
   static constexpr uint64_t base_x2apic = 1u << 10;
   static constexpr uint64_t base_enable = 1u << 11;
-  static constexpr uint64_t bus_period_ns = 1;  // 1 GHz timer clock, as KVM's
+  static constexpr uint64_t default_bus_period_ns = 1;  // 1 GHz timer clock, as KVM's
 
   struct Options {
     bool eoi_suppression = false;  // SVR bit 12 exists (the IOAPIC has an EOI register: split irqchip)
     bool boot = false;             // of the processor that starts by itself
+    uint64_t bus_period_ns = default_bus_period_ns;
   };
 
   Lapic(uint32_t id, VcpuPort& port, ApicFabric& fabric, Clock& clock, Options options);
@@ -121,7 +122,10 @@ class Lapic {
     return eoi_exit_.load(std::memory_order_relaxed) < 0 ? -1 : eoi_exit_.exchange(-1);
   }
 
-  enum class Local : uint8_t { thermal = 0x33, performance = 0x34, lint0 = 0x35, lint1 = 0x36 };
+  enum class Local : uint8_t { cmci = 0x2f, thermal = 0x33, performance = 0x34, lint0 = 0x35, lint1 = 0x36 };
+  // The LVT entry of corrected machine checks exists from now on, masked, or does not
+  // (IA32_MCG_CAP.MCG_CMCI_P).
+  void offer_cmci(bool offered) noexcept;
   // A local interrupt source fired. A performance interrupt masks its own LVT entry.
   void local_interrupt(Local source) noexcept;
 
@@ -171,6 +175,7 @@ class Lapic {
            (base_x2apic | base_enable);
   }
   bool request(uint8_t vector, bool level) noexcept;
+  bool readable(unsigned reg, bool in_x2apic) const noexcept;
   bool fire_lvt(unsigned reg) noexcept;
   void error(uint32_t bit) noexcept;
   uint32_t ppr() const noexcept;
@@ -198,6 +203,7 @@ class Lapic {
   uint32_t error_pending_ = 0;  // becomes visible by a write of ESR
   bool eoi_deferred_ = false;   // see defer_eoi()
   bool x2apic_offered_ = true;
+  bool cmci_ = false;  // the LVT entry exists
   uint64_t base_reserved_;
 
   // The timer, guarded by mutex_. Deadline in nanoseconds of the clock, 0: not armed.

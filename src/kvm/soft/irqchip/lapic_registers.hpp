@@ -20,6 +20,7 @@ enum Register : unsigned {
   reg_tmr = 0x18,
   reg_irr = 0x20,
   reg_esr = 0x28,
+  reg_lvt_cmci = 0x2f,  // only where there are corrected machine-check interrupts
   reg_icr = 0x30,
   reg_icr_high = 0x31,
   reg_lvt_timer = 0x32,
@@ -44,6 +45,7 @@ constexpr uint32_t lvt_timer_mode = 3u << 17;
 constexpr uint32_t svr_enable = 1u << 8;
 constexpr uint32_t svr_no_broadcast = 1u << 12;
 
+constexpr uint32_t icr_busy = 1u << 12;  // delivery status
 constexpr uint32_t icr_assert = 1u << 14;
 constexpr uint32_t icr_level = 1u << 15;
 constexpr uint32_t icr_logical = 1u << 11;

@@ -37,6 +37,7 @@ void Lapic::reset_registers() noexcept {
   regs_[reg_dfr] = 0xffffffff;
   regs_[reg_svr] = 0xff;
   for (unsigned reg = reg_lvt_timer; reg <= reg_lvt_error; ++reg) regs_[reg] = lvt_masked;
+  regs_[reg_lvt_cmci] = lvt_masked;
 }
 
 void Lapic::reset() noexcept {
@@ -66,7 +67,7 @@ kvm_lapic_state Lapic::state(bool x2apic_ids) noexcept {
   check_timer();  // the timer of a vCPU that does not run may be due
   kvm_lapic_state page{};
   for (unsigned reg = 0; reg < regs_.size(); ++reg) {
-    uint32_t value = reg_readable(reg, false) ? read_register(reg) : 0;
+    uint32_t value = readable(reg, false) ? read_register(reg) : 0;
     if (reg == reg_id && x2apic() && !x2apic_ids) value = id_ << 24;
     std::memcpy(page.regs + reg * 16, &value, sizeof value);
   }
@@ -85,12 +86,13 @@ bool Lapic::set_state(const kvm_lapic_state& page, bool x2apic_ids) noexcept {
   regs_[reg_dfr] = in[reg_dfr] | 0x0fffffff;
   // LVT entries first: a disabled LAPIC's stay as they were saved.
   for (unsigned reg = reg_lvt_timer; reg <= reg_lvt_error; ++reg) regs_[reg] = in[reg] & lvt_writable(reg);
+  if (cmci_) regs_[reg_lvt_cmci] = in[reg_lvt_cmci] & lvt_writable(reg_lvt_cmci);
   write_svr(in[reg_svr]);
+  // As they are, vectors 0-15 included: those are never taken, their priority class being the lowest there
+  // is.
   for (unsigned reg = reg_isr; reg < reg_irr + 8; ++reg) regs_[reg] = in[reg];
-  for (const unsigned reg : {reg_isr, reg_tmr, reg_irr})
-    regs_[reg] &= 0xffff0000;  // vectors 0-15 do not exist
   regs_[reg_esr] = in[reg_esr] & 0xff;
-  regs_[reg_icr] = in[reg_icr] & 0xccfff;
+  regs_[reg_icr] = in[reg_icr] & ~icr_busy;
   regs_[reg_icr_high] = x2apic() ? in[reg_icr_high] : in[reg_icr_high] & 0xff000000;
   regs_[reg_divide] = in[reg_divide] & 0xb;
   regs_[reg_initial_count] = in[reg_initial_count];

@@ -14,7 +14,8 @@ using namespace apic;
 
 namespace {
 constexpr uint64_t shortest_period_ns = 200'000;
-}
+constexpr uint64_t longest_period_ns = uint64_t{1} << 62;  // of a slow bus clock
+}  // namespace
 
 unsigned Lapic::timer_mode() const noexcept {
   return (regs_[reg_lvt_timer] >> 17) & 3;
@@ -24,7 +25,7 @@ unsigned Lapic::timer_mode() const noexcept {
 uint64_t Lapic::timer_tick() const noexcept {
   const uint32_t divide = regs_[reg_divide];
   const unsigned code = (divide & 3) | ((divide & 8) >> 1);  // 0: by 2 ... 6: by 128, 7: by 1
-  return bus_period_ns << ((code + 1) & 7);
+  return options_.bus_period_ns << ((code + 1) & 7);
 }
 
 uint32_t Lapic::current_count() noexcept {
@@ -42,10 +43,11 @@ void Lapic::start_timer(uint32_t count) noexcept {
   stop_timer();
   if (count == 0 || timer_mode() > periodic || port_ == nullptr) return;
   const uint64_t tick = timer_tick();
-  if (timer_mode() == periodic) period_ = std::max(regs_[reg_initial_count] * tick, shortest_period_ns);
+  if (timer_mode() == periodic)
+    period_ = std::clamp(regs_[reg_initial_count] * tick, shortest_period_ns, longest_period_ns);
   uint64_t left = count * tick;
   if (period_ != 0 && count == regs_[reg_initial_count]) left = period_;
-  deadline_ = clock_.now() + left;
+  deadline_ = clock_.now() + std::min(left, longest_period_ns);
   timer_->arm(deadline_);
 }
 

@@ -12,7 +12,7 @@ namespace lodge::kvm::soft {
 // running block is of this page, so the instruction has to run alone first.
 bool Cpu::prepare_write(Slot& slot, uint64_t gpa) noexcept {
   const uint64_t page = slot.page(gpa);
-  if ((slot.code[page].load() & Slot::has_code) != 0) {
+  if ((slot.code(page).load() & Slot::has_code) != 0) {
     const auto host = reinterpret_cast<uint64_t>(slot.host) + (page << page_shift);
     if (!alone && block != nullptr && (block->host_page[0] == host || block->host_page[1] == host)) {
       run_alone = true;
@@ -58,7 +58,7 @@ uint8_t* Cpu::resolve(uint64_t linear, Access access, unsigned view, uint64_t& g
     // A supervisor fetch from a user page says nothing of SMAP, so it sets no read tag.
     entry.read = page;
     const uint64_t number = slot->page(gpa);
-    const bool ready = (slot->code[number].load() & Slot::has_code) == 0 && !slot->read_only &&
+    const bool ready = (slot->code(number).load() & Slot::has_code) == 0 && !slot->read_only &&
                        (!slot->log_dirty || slot->is_dirty(number));
     if (t.writable && ready) entry.write = page;
   }
@@ -217,27 +217,11 @@ bool Cpu::in_global_page(uint64_t linear) const noexcept {
 }
 
 bool Cpu::read_physical(uint64_t gpa, void* out, unsigned size) noexcept {
-  for (auto* to = static_cast<uint8_t*>(out); size > 0;) {
-    const Slot* slot = memory->find(gpa);
-    if (slot == nullptr) return false;
-    const auto part = static_cast<unsigned>(std::min<uint64_t>(size, page_size - (gpa & page_mask)));
-    host_read(reinterpret_cast<uint64_t>(slot->host) + (gpa - slot->gpa), to, part);
-    to += part, gpa += part, size -= part;
-  }
-  return true;
+  return memory->read(gpa, out, size);
 }
 
 bool Cpu::write_physical(uint64_t gpa, const void* data, unsigned size) noexcept {
-  for (const auto* from = static_cast<const uint8_t*>(data); size > 0;) {
-    Slot* slot = memory->find(gpa);
-    if (slot == nullptr || slot->read_only) return false;
-    const auto part = static_cast<unsigned>(std::min<uint64_t>(size, page_size - (gpa & page_mask)));
-    host_write(reinterpret_cast<uint64_t>(slot->host) + (gpa - slot->gpa), from, part);
-    slot->invalidate(slot->page(gpa));
-    if (slot->log_dirty) slot->mark_dirty(slot->page(gpa));
-    from += part, gpa += part, size -= part;
-  }
-  return true;
+  return memory->write(gpa, data, size);
 }
 
 bool Cpu::exchange_physical(uint64_t gpa, uint8_t& value) noexcept {

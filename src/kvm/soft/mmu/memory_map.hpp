@@ -4,31 +4,16 @@
 
 #include <linux/kvm.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
+#include "kvm/soft/mmu/code_pages.hpp"
 #include "kvm/soft/mmu/tlb.hpp"
 
 namespace lodge::kvm::soft {
-
-// Counts the times that pages of code were written to, in all slots of a VM, and tells who runs code.
-class CodeWatch {
- public:
-  CodeWatch() = default;
-  CodeWatch(const CodeWatch&) = delete;
-  CodeWatch& operator=(const CodeWatch&) = delete;
-  std::atomic<uint32_t> epoch{0};
-  // Pages that are write-protected in the VMM's mapping (Options::guard_code). Each may take two of the
-  // process's mappings (vm.max_map_count: 65530 unless configured), of which the VMM needs some too.
-  static constexpr uint32_t max_guarded = 24'000;
-  std::atomic<uint32_t> guarded{0};
-  virtual ~CodeWatch() = default;
-  // Advances `epoch`. Any thread; `host_page`: host address of the page that was written to.
-  virtual void code_changed([[maybe_unused]] uint64_t host_page) noexcept { epoch.fetch_add(1); }
-};
 
 // One memory slot with what the accelerator keeps about each of its pages.
 class Slot {
@@ -36,7 +21,7 @@ class Slot {
   // `watch`: of the VM; outlives the slot. `guards`: Options::guard_code.
   Slot(const kvm_userspace_memory_region& region, CodeWatch& watch, bool guards = false);
 
-  const uint32_t id;
+  const uint32_t id;  // upper half: the address space
   const uint64_t gpa, size;
   uint8_t* const host;
   const bool read_only;
@@ -53,37 +38,81 @@ class Slot {
   }
   std::unique_ptr<std::atomic<uint64_t>[]> dirty;  // null without log_dirty
 
-  // Decoded code, one word a page: bit 0 says that some vCPU holds decoded instructions of the page, the rest
-  // counts the times that they became stale. A block is valid while the word is what it was when the block
-  // was decoded.
-  static constexpr uint32_t has_code = 1;
-  std::unique_ptr<std::atomic<uint32_t>[]> code;
+  // The page's word (CodePages::word); lives as long as the slot.
+  static constexpr uint32_t has_code = CodePages::has_code;
+  std::atomic<uint32_t>& code(uint64_t page) const noexcept {
+    const uint64_t address = host_page(page);
+    return pages_of(address).word[CodePages::index(address)];
+  }
   // The page becomes code. False: it could not be guarded, because as many are as the process may have.
   bool mark_code(uint64_t page) noexcept;
-  // Makes all decoded instructions of the page stale.
-  void invalidate(uint64_t page) noexcept;
-  // Guards nothing from now on and lifts all guards: before another slot, or nobody, has the memory.
+  // Makes all decoded instructions of the page stale. False: there were none.
+  bool invalidate(uint64_t page) noexcept { return pages_of(host_page(page)).invalidate(host_page(page)); }
+  // Also makes it writable for the VMM again, whose write has faulted or would. False: nothing is in its way.
+  bool admit(uint64_t page) noexcept { return pages_of(host_page(page)).admit(host_page(page)); }
+  // Guards nothing from now on and lifts all guards: before another slot, or nobody, has the memory. Code
+  // that other slots know of the same memory is stale.
   void retire() noexcept;
-  // Makes a page writable for the VMM again, whose write has faulted or would. False: nothing was in its way.
-  bool admit_write(uint64_t page) noexcept;
 
  private:
-  // A page's guard: under guard_mutex_, so that it agrees with has_code.
-  void unguard(uint64_t page) noexcept;
+  uint64_t host_page(uint64_t page) const noexcept {
+    return reinterpret_cast<uint64_t>(host) + (page << page_shift);
+  }
+  CodePages& pages_of(uint64_t address) const noexcept {
+    return *pages_[(address >> CodePages::shift) - (reinterpret_cast<uint64_t>(host) >> CodePages::shift)];
+  }
 
-  CodeWatch& watch_;
   const bool guards_;
-  std::mutex guard_mutex_;
-  std::unique_ptr<std::atomic<uint64_t>[]> guarded_;  // one bit a page; null until the first
-  bool retired_ = false;
+  std::vector<std::shared_ptr<CodePages>> pages_;  // from the stretch that holds `host` on
+  std::atomic<bool> retired_{false};
 };
 
+// A VM may have 32,764 slots, and each change makes a new map: the slots lie in pieces that maps share, of
+// which a change copies one.
 class MemoryMap {
  public:
-  std::vector<std::shared_ptr<Slot>> slots;  // by gpa
-
+  bool empty() const noexcept { return pieces_.empty(); }
   // The slot that holds `gpa`, or null.
   Slot* find(uint64_t gpa) const noexcept;
+  // Reads and writes guest-physical memory, whatever is mapped there: code becomes stale and pages dirty.
+  // False: no RAM, or a read-only slot; what lies before it is done.
+  bool read(uint64_t gpa, void* out, unsigned size) const noexcept;
+  bool write(uint64_t gpa, const void* data, unsigned size) const noexcept;
+  // The lowest slot that has some of these addresses, or null.
+  Slot* first_in(uint64_t gpa, uint64_t size) const noexcept;
+  // Every slot, by gpa.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    for (const Piece& piece : pieces_)
+      for (const auto& slot : *piece.slots) visit(*slot);
+  }
+
+  void insert(std::shared_ptr<Slot> slot);  // must overlap none
+  void erase(const Slot& slot);             // must be there
+
+ private:
+  using Slots = std::vector<std::shared_ptr<Slot>>;
+  struct Piece {
+    uint64_t first;                      // gpa of its first slot
+    std::shared_ptr<const Slots> slots;  // never empty
+  };
+  // The last piece that begins at or below `gpa`; the first when none does.
+  std::vector<Piece>::const_iterator piece(uint64_t gpa) const noexcept;
+  void replace(std::vector<Piece>::const_iterator old, Slots slots);
+
+  std::vector<Piece> pieces_;  // by gpa
+};
+
+// What processors see, and what they see in system-management mode (KVM_CAP_MULTI_ADDRESS_SPACE).
+struct AddressSpaces {
+  static constexpr unsigned count = 2;
+  std::array<MemoryMap, count> space;
+
+  // Calls visit(slot) for each slot of each space.
+  template <class Visit>
+  void for_each(const Visit& visit) const {
+    for (const MemoryMap& map : space) map.for_each(visit);
+  }
 };
 
 }  // namespace lodge::kvm::soft

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <mutex>
 #include <new>
@@ -32,13 +33,13 @@ void for_slots(uint64_t address, uint64_t size, const Visit& visit) noexcept {
   const std::lock_guard lock(registry().mutex);
   for (GuardedMemory* memory : registry().memories) {
     const auto map = memory->guarded_memory();
-    for (const auto& slot : map->slots) {
-      const auto base = reinterpret_cast<uint64_t>(slot->host);
-      if (address >= base + slot->size || address + size <= base) continue;
+    map->for_each([&](Slot& slot) {
+      const auto base = reinterpret_cast<uint64_t>(slot.host);
+      if (address >= base + slot.size || address + size <= base) return;
       const uint64_t first = std::max(address, base) - base;
-      const uint64_t last = std::min(address + size, base + slot->size) - 1 - base;
-      visit(*slot, first >> page_shift, last >> page_shift);
-    }
+      const uint64_t last = std::min(address + size, base + slot.size) - 1 - base;
+      visit(slot, first >> page_shift, last >> page_shift);
+    });
   }
 }
 
@@ -46,9 +47,13 @@ void for_slots(uint64_t address, uint64_t size, const Visit& visit) noexcept {
 // again. When that does not help the page is protected by somebody else, and the fault is not ours.
 bool worth_another_try(uint64_t address) noexcept {
   constexpr unsigned patience = 100;
+  constexpr auto at_once = std::chrono::milliseconds(1);  // the same fault comes back in a few microseconds
   static thread_local uint64_t last = 0;
   static thread_local unsigned tries = 0;
-  if (address != last) last = address, tries = 0;
+  static thread_local std::chrono::steady_clock::time_point when;
+  const auto now = std::chrono::steady_clock::now();
+  if (address != last || now - when > at_once) tries = 0;
+  last = address, when = now;
   return ++tries < patience;
 }
 
@@ -71,7 +76,7 @@ bool admit_fault(uint64_t address) noexcept {
   bool admitted = false;
   for_slots(address, 1, [&](Slot& slot, uint64_t page, uint64_t) {
     known = true;
-    admitted |= slot.admit_write(page);
+    admitted |= slot.admit(page);
   });
   return admitted || (known && worth_another_try(address));
 }
@@ -79,7 +84,7 @@ bool admit_fault(uint64_t address) noexcept {
 bool admit_write(uint64_t address, size_t size) noexcept {
   bool admitted = false;
   for_slots(address, size, [&](Slot& slot, uint64_t first, uint64_t last) {
-    for (uint64_t page = first; page <= last; ++page) admitted |= slot.admit_write(page);
+    for (uint64_t page = first; page <= last; ++page) admitted |= slot.admit(page);
   });
   return admitted;
 }

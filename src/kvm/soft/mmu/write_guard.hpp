@@ -12,14 +12,14 @@
 
 namespace lodge::kvm::soft {
 
-class MemoryMap;
+struct AddressSpaces;
 
 // A VM whose code is guarded.
 class GuardedMemory {
  public:
   virtual ~GuardedMemory() = default;
   // Any thread.
-  virtual std::shared_ptr<const MemoryMap> guarded_memory() noexcept = 0;
+  virtual std::shared_ptr<const AddressSpaces> guarded_memory() noexcept = 0;
 };
 
 // Makes a VM known to the functions below while it lives.

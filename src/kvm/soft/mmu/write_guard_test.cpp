@@ -3,7 +3,9 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
+#include <thread>
 
 #include "base/mapping.hpp"
 #include "kvm/soft/mmu/memory_map.hpp"
@@ -18,15 +20,15 @@ class WriteGuard : public testing::Test, public GuardedMemory {
  protected:
   WriteGuard() {
     install_signal_handlers();
-    map_->slots.push_back(slot_);
+    map_->space[0].insert(slot_);
   }
-  std::shared_ptr<const MemoryMap> guarded_memory() noexcept override { return map_; }
-  bool has_code(uint64_t page) const { return (slot_->code[page].load() & Slot::has_code) != 0; }
+  std::shared_ptr<const AddressSpaces> guarded_memory() noexcept override { return map_; }
+  bool has_code(uint64_t page) const { return (slot_->code(page).load() & Slot::has_code) != 0; }
   volatile uint8_t& byte(uint64_t page) { return memory_.data()[page * page_size]; }
 
   Mapping memory_ = Mapping::anonymous(pages * page_size);
   CodeWatch watch_;
-  std::shared_ptr<MemoryMap> map_ = std::make_shared<MemoryMap>();
+  std::shared_ptr<AddressSpaces> map_ = std::make_shared<AddressSpaces>();
   std::shared_ptr<Slot> slot_ = std::make_shared<Slot>(
       kvm_userspace_memory_region{.slot = 0,
                                   .flags = 0,
@@ -78,10 +80,21 @@ TEST_F(WriteGuard, ARangeAcrossPagesAndBeyondTheSlotIsAdmitted) {
   EXPECT_EQ(watch_.guarded.load(), 0u);
 }
 
+// A store that comes between the guard of a page and the word that says so.
+TEST_F(WriteGuard, AStoreWaitsForWhoIsGuardingThePage) {
+  std::atomic<bool> done{false};
+  std::thread guarding([&] {
+    while (!done.load()) EXPECT_TRUE(slot_->mark_code(1));
+  });
+  while (watch_.epoch.load() < 20'000) byte(1) = 1;
+  done.store(true);
+  guarding.join();
+}
+
 TEST_F(WriteGuard, ASlotThatIsGoneLeavesItsMemoryWritable) {
   ASSERT_TRUE(slot_->mark_code(0));
   slot_->retire();
-  map_->slots.clear();
+  map_->space[0].erase(*slot_);
   EXPECT_EQ(watch_.guarded.load(), 0u);
   byte(0) = 1;  // faults if it is not
   ASSERT_TRUE(slot_->mark_code(1));

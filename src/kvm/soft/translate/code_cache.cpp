@@ -57,6 +57,7 @@ void CodeCache::attach(Translator& translator, const StateOffsets& offsets) {
     if (perf_map_ != nullptr) perf_map_->add(this, code_.data(), stubs_->end, "lodge_stubs");
   }
   translators_.push_back(&translator);
+  vcpus_ = translators_.size();
   for (const DirectExit* exit : slot_exit_)
     if (exit != nullptr) translator.place_slot(*exit);
 }
@@ -64,6 +65,7 @@ void CodeCache::attach(Translator& translator, const StateOffsets& offsets) {
 void CodeCache::detach(Translator& translator) noexcept {
   const std::lock_guard lock(mutex_);
   std::erase(translators_, &translator);
+  vcpus_ = translators_.size();
 }
 
 uint32_t CodeCache::profile(const FeatureWords& features) {
@@ -130,6 +132,16 @@ Translation* CodeCache::find(const DecodedBlock& block, uint32_t profile, Bounda
   // Its page was written to, or is in another slot now.
   kill(*it->second);
   settle();
+  return nullptr;
+}
+
+const DecodedBlock* CodeCache::known(const DecodedBlock& place, uint32_t profile) const noexcept {
+  for (unsigned boundary = 0; boundary < Boundary::count; ++boundary) {
+    const auto it = translations_.find(key_of(place, profile, Boundary::from(boundary)));
+    if (it == translations_.end()) continue;
+    const DecodedBlock& block = it->second->block;
+    if (block.word[1] == nullptr && block.same_code(place)) return &block;
+  }
   return nullptr;
 }
 

@@ -13,6 +13,7 @@
 // holding it.
 #pragma once
 
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <memory_resource>
@@ -53,6 +54,8 @@ class CodeCache {
   // --- vCPUs
   void attach(Translator& translator, const StateOffsets& offsets);
   void detach(Translator& translator) noexcept;
+  // Whether there is more than one.
+  bool is_shared() const noexcept { return vcpus_.load(std::memory_order_relaxed) > 1; }
   const Stubs& stubs() const noexcept { return *stubs_; }  // once a translator is attached
   // The number of a set of features; equal ones share code. no_profile: there are too many of them.
   static constexpr uint32_t no_profile = 64;
@@ -60,6 +63,9 @@ class CodeCache {
 
   // --- translations; locked
   Translation* find(const DecodedBlock& block, uint32_t profile, Boundary boundary) noexcept;
+  // What was decoded for a translation at `place`, of which only its first page is known; null when none is
+  // there or the code goes on in a second page.
+  const DecodedBlock* known(const DecodedBlock& place, uint32_t profile) const noexcept;
   // Null when there is no room at the moment, or (sets `refused`) the block is not one for the translator.
   Translation* make(Translator& by, const DecodedBlock& block, uint32_t profile, Boundary boundary,
                     bool& refused) noexcept;
@@ -135,6 +141,7 @@ class CodeCache {
   std::vector<Region> regions_;
   size_t current_ = 0;
   std::vector<Translator*> translators_;
+  std::atomic<size_t> vcpus_{0};  // as many as there are of these
   std::vector<FeatureWords> profiles_;
   std::unordered_map<Key, Translation*, KeyHash> translations_;  // not the dead ones
   std::unordered_map<uint64_t, std::vector<Translation*>> by_page_;

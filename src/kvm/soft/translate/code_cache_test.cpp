@@ -52,16 +52,24 @@ class Guests {
   }
   void make_stale(uint64_t n) { vm_->note_write(code_at + n * 4096, 16); }
   uint64_t run(unsigned id, uint64_t page, uint64_t count) {
+    const Exit exit = leave(id, page, count);
+    EXPECT_TRUE(exit.status() == 0 && exit.reason() == KVM_EXIT_IO) << exit.describe();
+    return rax(id);
+  }
+  // Runs the function until it leaves, and not for a signal.
+  Exit leave(unsigned id, uint64_t page, uint64_t count) {
     Vcpu& vcpu = *vcpus_[id];
     kvm_regs regs{};
     regs.rip = code_at + page * 4096, regs.rcx = count, regs.rflags = 2;
     vcpu.set_regs(regs);
-    for (;;) {
-      const Exit exit = vcpu.run();
-      if (exit.status() == 0 && exit.reason() == KVM_EXIT_IO) return vcpu.regs().rax;
-      EXPECT_TRUE(exit.interrupted()) << exit.describe();
-      if (!exit.interrupted()) return ~uint64_t{0};
-    }
+    for (;;)
+      if (const Exit exit = vcpu.run(); !exit.interrupted()) return exit;
+  }
+  uint64_t rax(unsigned id) { return vcpus_[id]->regs().rax; }
+  void limit_code(unsigned id, uint32_t limit) {
+    kvm_sregs sregs = vcpus_[id]->sregs();
+    sregs.cs.limit = limit, sregs.cs.g = 0;
+    vcpus_[id]->set_sregs(sregs);
   }
   std::map<std::string, uint64_t> counted(unsigned id) {
     std::map<std::string, uint64_t> all;
@@ -87,6 +95,32 @@ TEST(CodeCache, OneVcpuRunsWhatAnotherHasTranslated) {
   // Told once.
   EXPECT_GT(guests.counted(0)["code_cache.used_bytes"], 0u);
   EXPECT_EQ(guests.counted(1)["code_cache.used_bytes"], 0u);
+}
+
+TEST(CodeCache, OneVcpuDoesNotDecodeWhatAnotherHasTranslated) {
+  Guests guests({.count = true}, 2);
+  guests.place(0, 3);
+  for (int round = 0; round < 100; ++round) EXPECT_EQ(guests.run(0, 0, 100), 300u);
+  ASSERT_GT(guests.counted(0)["blocks.decoded"], 1u);
+  EXPECT_EQ(guests.run(1, 0, 100), 300u);
+  // What leaves for the VMM is not translated, so it is decoded here, too.
+  EXPECT_EQ(guests.counted(1)["blocks.decoded"], 1u);
+  guests.place(0, 5);
+  EXPECT_EQ(guests.run(1, 0, 100), 500u);
+  EXPECT_GT(guests.counted(1)["blocks.decoded"], 1u);
+}
+
+// The loop of place() ends 7 bytes behind its beginning.
+TEST(CodeCache, WhatAnotherHasTranslatedIsNotRunBeyondTheOwnLimit) {
+  for (const uint32_t limit : {7u, 6u}) {
+    Guests guests({}, 2);
+    guests.place(0, 3);
+    for (int round = 0; round < 100; ++round) EXPECT_EQ(guests.run(0, 0, 100), 300u);
+    guests.limit_code(1, static_cast<uint32_t>(code_at + limit));
+    const Exit exit = guests.leave(1, 0, 100);
+    EXPECT_EQ(exit.reason(), KVM_EXIT_SHUTDOWN) << exit.describe();
+    EXPECT_EQ(guests.rax(1), limit == 7 ? 300u : 3u);
+  }
 }
 
 TEST(CodeCache, CodeThatWasReplacedRunsOnNoVcpu) {

@@ -107,6 +107,17 @@ Translation* Translator::translation_of(Block& block, Boundary boundary) noexcep
   return place;
 }
 
+bool Translator::adopt(Block& block) noexcept {
+  if (!cache_.is_shared()) return false;
+  const std::lock_guard lock(cache_.mutex());
+  const DecodedBlock* known = cache_.known(block, profile_);
+  if (known == nullptr) return false;
+  block.instructions = known->instructions;
+  block.bytes = known->bytes;
+  block.ops = known->ops;
+  return true;
+}
+
 void Translator::note_gone(Translation* translation) noexcept {
   gone_.push_back(translation);
   has_gone_.store(true);

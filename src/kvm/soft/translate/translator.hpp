@@ -78,6 +78,10 @@ class Translator {
   bool run_once(Block& block) noexcept;
   bool ready(Block& block) noexcept;
 
+  // Fills in what another vCPU has decoded and translated of `block`, of which only the first page is known,
+  // if it is all in this page. False: nothing is known of it.
+  bool adopt(Block& block) noexcept;
+
   // A loop is hot: the run loop leaves the next blocks to the interpreter and shows each to record() before
   // it runs, until that says false.
   bool records() const noexcept { return record_.has_value(); }

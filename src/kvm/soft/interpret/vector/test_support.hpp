@@ -30,7 +30,7 @@ struct TestMachine {
     kvm_userspace_memory_region region = {};
     region.memory_size = ram_size;
     region.userspace_addr = reinterpret_cast<uint64_t>(host);
-    map.slots.push_back(std::make_shared<Slot>(region, code_epoch));
+    map.insert(std::make_shared<Slot>(region, code_epoch));
     cpu.memory = &map;
     cpu.cr0 = cr0::pe | cr0::mp | cr0::et | cr0::ne | cr0::pg;
     cpu.cr3 = tables;
