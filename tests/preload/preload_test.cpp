@@ -1,11 +1,10 @@
-// liblodge-kvm.so from outside: a small client, and QEMU, under `lodge kvm`.
+// liblodge-kvm.so from outside: a small client under `lodge kvm`.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <filesystem>
-#include <fstream>
 
 #include "support/process.hpp"
 
@@ -14,11 +13,10 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using testing_support::Process;
 using testing_support::run;
 using testing_support::Seconds;
 
-constexpr Seconds patience(120), boot_patience(600);
+constexpr Seconds patience(120);
 
 class Preload : public testing::TestWithParam<const char*> {};
 
@@ -35,7 +33,8 @@ TEST_P(Preload, ClientIsServedByTheInterpreter) {
 
 INSTANTIATE_TEST_SUITE_P(All, Preload,
                          testing::Values("run", "descriptors", "fork", "writes", "signal", "mask",
-                                         "immediate", "kick", "leaks"),
+                                         "immediate", "kick", "cancel", "cancel_later", "arguments", "leaks",
+                                         "coalesced", "uring"),
                          [](const auto& test) { return std::string(test.param); });
 
 TEST(KvmCheck, AcceptsADynamicallyLinkedProgram) {
@@ -74,40 +73,6 @@ TEST(KvmCheck, NamesAProgramThatIsNotThere) {
   const auto result = run({LODGE_BINARY, "kvm", "--", "no-such-program"}, patience);
   EXPECT_EQ(result.status, 2);
   EXPECT_THAT(result.err, HasSubstr("no-such-program"));
-}
-
-// Debian's cloud kernel by SeaBIOS and QEMU's own devices, to userland and power-off.
-class Qemu : public testing::Test {
- protected:
-  static void boot(const std::string& machine, const std::string& accel, const std::string& cpus) {
-    const std::string guest = std::string(LODGE_GUESTS) + "/cloud";
-    if (!std::filesystem::exists(guest + "/vmlinuz"))
-      GTEST_SKIP() << "guest 'cloud' is not there: run scripts/fetch-guests";
-    Process process({LODGE_BINARY, "kvm",
-                     "--",         "qemu-system-x86_64",
-                     "-accel",     "kvm" + accel,
-                     "-machine",   machine,
-                     "-smp",       cpus,
-                     "-m",         "512M",
-                     "-nographic", "-no-reboot",
-                     "-kernel",    guest + "/vmlinuz",
-                     "-initrd",    guest + "/initramfs",
-                     "-append",    "console=ttyS0 quiet panic=-1 lodge.mode=report"});
-    EXPECT_TRUE(process.wait_output("lodge-guest: powering off", boot_patience))
-        << process.out() << process.err();
-    EXPECT_EQ(process.wait_exit(patience), 0) << process.out() << process.err();
-    EXPECT_THAT(process.out(), HasSubstr("CPU:    " + cpus));
-  }
-};
-
-TEST_F(Qemu, BootsWithTwoCpusAndTheWholeIrqchip) {
-  boot("pc", "", "2");
-}
-TEST_F(Qemu, BootsWithTheSplitIrqchip) {
-  boot("q35", ",kernel-irqchip=split", "1");
-}
-TEST_F(Qemu, BootsWithoutAnIrqchip) {
-  boot("pc", ",kernel-irqchip=off", "1");
 }
 
 }  // namespace

@@ -22,6 +22,11 @@ class File {
   // Made before a fork, in whose child there are neither its threads nor its locks: it answers EIO there, as
   // the kernel does, and is never destroyed.
   bool foreign() const noexcept;
+  // The client has mapped `size` bytes of the descriptor from `offset` at `start`. False: it must not stay.
+  virtual bool mapped([[maybe_unused]] void* start, [[maybe_unused]] size_t size,
+                      [[maybe_unused]] uint64_t offset) noexcept {
+    return true;
+  }
 
  protected:
   // Throws std::system_error.

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -16,6 +17,7 @@
 #include <cstring>
 #include <system_error>
 
+#include "kvm/preload/cancellation.hpp"
 #include "kvm/preload/next.hpp"
 #include "kvm/preload/signals.hpp"
 #include "kvm/preload/table.hpp"
@@ -76,6 +78,14 @@ int note_copy(int fd, int copy) noexcept {
   return copy;
 }
 
+void* finish_mapping(int fd, void* mapping, size_t size, off_t offset) noexcept {
+  const auto file = table().find(fd);
+  if (!file || file->foreign() || file->mapped(mapping, size, static_cast<uint64_t>(offset))) return mapping;
+  ::munmap(mapping, size);
+  errno = ENOMEM;
+  return MAP_FAILED;
+}
+
 }  // namespace
 }  // namespace lodge::kvm::preload
 
@@ -127,16 +137,28 @@ LODGE_EXPORT int faccessat(int directory, const char* path, int mode, int flags)
   return is_kvm(path) && (mode & X_OK) == 0 ? 0 : next.get()(directory, path, mode, flags);
 }
 
-LODGE_EXPORT int ioctl(int fd, unsigned long request, ...) noexcept {
+namespace {
+
+int answer(int fd, unsigned long request, unsigned long argument) noexcept {
+  const auto file = table().find(fd);
+  // The kernel takes 32 bits of the request, which some callers extend by its sign.
+  return file ? file->ioctl(request & 0xffffffff, argument) : -EBADF;
+}
+
+}  // namespace
+
+// ioctl, but for what the C library's header promises of it: a cancelled thread ends here, by an exception.
+LODGE_EXPORT int cancellable_ioctl(int fd, unsigned long request, ...) __asm__("ioctl");
+int cancellable_ioctl(int fd, unsigned long request, ...) {
   static constinit Next<int (*)(int, unsigned long, ...)> next("ioctl");
   va_list list;
   va_start(list, request);
   const auto argument = va_arg(list, unsigned long);
   va_end(list);
   if (!table().contains(fd)) return next.get()(fd, request, argument);
-  const auto file = table().find(fd);
-  // The kernel takes 32 bits of the request, which some callers extend by its sign.
-  const int result = file ? file->ioctl(request & 0xffffffff, argument) : -EBADF;
+  const bool held_back = hold_back_cancellation();
+  const int result = answer(fd, request, argument);
+  if (held_back) admit_cancellation();
   if (result >= 0) return result;
   errno = -result;
   return -1;
@@ -191,6 +213,19 @@ LODGE_EXPORT int dup3(int fd, int copy, int flags) noexcept {
     const bool copies = command == F_DUPFD || command == F_DUPFD_CLOEXEC;   \
     return copies && table().contains(fd) ? note_copy(fd, result) : result; \
   }
+
+// A vCPU's descriptor is a file that holds most of what its mapping shows; the File puts in the rest.
+#define LODGE_MMAP(name)                                                                             \
+  LODGE_EXPORT void* name(void* start, size_t size, int protection, int flags, int fd,               \
+                          off_t offset) noexcept {                                                   \
+    static constinit Next<void* (*)(void*, size_t, int, int, int, off_t)> next(#name);               \
+    void* const mapping = next.get()(start, size, protection, flags, fd, offset);                    \
+    return table().contains(fd) && mapping != MAP_FAILED ? finish_mapping(fd, mapping, size, offset) \
+                                                         : mapping;                                  \
+  }
+
+LODGE_MMAP(mmap)
+LODGE_MMAP(mmap64)
 
 LODGE_FCNTL(fcntl)
 LODGE_FCNTL(fcntl64)

@@ -1,8 +1,10 @@
 // The functions by which the client has the kernel fill its memory, which may be its guest's: pages that hold
 // decoded code are write-protected (soft::Options::guard_code) and the kernel would answer EFAULT.
 //
-// What is not seen here: buffers of io_uring, and memory that another process or the kernel writes to by
-// itself.
+// io_uring is refused, as under many a container's filter of system calls, so that a client takes another
+// way: its buffers are filled later, by the kernel itself.
+//
+// What is not seen here: a client's own system calls, and memory that another process writes to.
 #undef _FORTIFY_SOURCE
 #include <dlfcn.h>
 #include <sys/socket.h>
@@ -104,4 +106,15 @@ LODGE_EXPORT ssize_t recvmsg(int fd, msghdr* message, int flags) {
   static constinit Next<ssize_t (*)(int, msghdr*, int)> next("recvmsg");
   return filling([&] { return next.get()(fd, message, flags); }, message->msg_iov,
                  static_cast<int>(message->msg_iovlen));
+}
+
+// liburing's, whose results are negative errnos; whatever their arguments are.
+LODGE_EXPORT int io_uring_queue_init() noexcept {
+  return -EPERM;
+}
+LODGE_EXPORT int io_uring_queue_init_params() noexcept {
+  return -EPERM;
+}
+LODGE_EXPORT int io_uring_queue_init_mem() noexcept {
+  return -EPERM;
 }

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 
@@ -38,13 +39,17 @@ bool is_fault(int number, const siginfo_t& info) noexcept {
 // What the client has asked for. Handlers read it, so there are no locks: a reader looks whether a writer was
 // there meanwhile, and a writer holds back its own thread's signals.
 class ClientAction {
+  static_assert(sizeof(struct sigaction) % sizeof(uint64_t) == 0);
+  using Words = std::array<uint64_t, sizeof(struct sigaction) / sizeof(uint64_t)>;
+
  public:
   struct sigaction get() const noexcept {
     for (;;) {
       const uint32_t before = version_.load(std::memory_order_acquire);
-      struct sigaction copy = action_;
-      std::atomic_thread_fence(std::memory_order_acquire);
-      if (before % 2 == 0 && version_.load(std::memory_order_relaxed) == before) return copy;
+      Words copy;
+      for (size_t i = 0; i < copy.size(); ++i) copy[i] = words_[i].load(std::memory_order_acquire);
+      if (before % 2 == 0 && version_.load(std::memory_order_relaxed) == before)
+        return std::bit_cast<struct sigaction>(copy);
     }
   }
   void set(const struct sigaction& action) noexcept {
@@ -53,14 +58,15 @@ class ClientAction {
     ::pthread_sigmask(SIG_SETMASK, &all, &old);
     uint32_t before = version_.load();
     while (before % 2 != 0 || !version_.compare_exchange_weak(before, before + 1)) before = version_.load();
-    action_ = action;
+    const auto words = std::bit_cast<Words>(action);
+    for (size_t i = 0; i < words.size(); ++i) words_[i].store(words[i], std::memory_order_release);
     version_.store(before + 2, std::memory_order_release);
     ::pthread_sigmask(SIG_SETMASK, &old, nullptr);
   }
 
  private:
   std::atomic<uint32_t> version_{0};
-  struct sigaction action_ {};
+  std::array<std::atomic<uint64_t>, std::tuple_size_v<Words>> words_{};  // all zero: SIG_DFL
 };
 
 // Signal handlers have no other way to their context.

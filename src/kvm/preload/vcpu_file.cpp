@@ -1,11 +1,13 @@
 // A vCPU (api.rst: "vcpu ioctls"): each ioctl is one call of the contract.
 #include <fcntl.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <mutex>
 #include <optional>
 
 #include "kvm/preload/argument.hpp"
+#include "kvm/preload/cancellation.hpp"
 #include "kvm/preload/signals.hpp"
 #include "kvm/preload/table.hpp"
 #include "kvm/preload/vm_file.hpp"
@@ -13,11 +15,23 @@
 namespace lodge::kvm::preload {
 namespace {
 
+constexpr uint64_t page_size = 4096;
 constexpr uint32_t max_io_msrs = 256, max_cpuid_entries = 256;
 
 class VcpuFile final : public File {
  public:
-  VcpuFile(std::shared_ptr<Vm> vm, std::unique_ptr<Vcpu> vcpu) : vm_(std::move(vm)), vcpu_(std::move(vcpu)) {}
+  VcpuFile(std::shared_ptr<Vm> vm, std::unique_ptr<Vcpu> vcpu)
+      : vm_(std::move(vm)),
+        vcpu_(std::move(vcpu)),
+        coalesced_page_(static_cast<uint64_t>(vm_->check_extension(KVM_CAP_COALESCED_MMIO))) {}
+
+  // The ring of coalesced I/O is the VM's, in a file of its own.
+  bool mapped(void* start, size_t size, uint64_t offset) noexcept override {
+    const uint64_t ring = coalesced_page_ * page_size;
+    if (vm_->coalesced_fd() < 0 || offset > ring || size < ring + page_size - offset) return true;
+    return ::mmap(static_cast<uint8_t*>(start) + (ring - offset), page_size, PROT_READ | PROT_WRITE,
+                  MAP_SHARED | MAP_FIXED, vm_->coalesced_fd(), 0) != MAP_FAILED;
+  }
 
  private:
   const char* name() const noexcept override { return "a vCPU"; }
@@ -31,6 +45,7 @@ class VcpuFile final : public File {
   }
 
   int run() {
+    const CancellableRun cancellable(*vcpu_);
     SignalsWhileRunning signals(*vcpu_, signal_mask_);
     return vcpu_->run().status();
   }
@@ -104,6 +119,7 @@ class VcpuFile final : public File {
       case request::set_signal_mask: return set_signal_mask(argument);
       case KVM_INTERRUPT: return vcpu_->interrupt(pointed<kvm_interrupt>(argument).irq);
       case KVM_NMI: return vcpu_->nmi();
+      case KVM_SMI: return vcpu_->smi();
       case KVM_GET_TSC_KHZ: return static_cast<int>(vcpu_->tsc_khz());
       case KVM_SET_TSC_KHZ: return vcpu_->set_tsc_khz(static_cast<uint32_t>(argument)), 0;
       case KVM_SET_GUEST_DEBUG: return vcpu_->set_guest_debug(pointed<kvm_guest_debug>(argument)), 0;
@@ -114,6 +130,11 @@ class VcpuFile final : public File {
         auto& translation = pointed<kvm_translation>(argument);
         return translation = vcpu_->translate(translation.linear_address), 0;
       }
+      case KVM_HAS_DEVICE_ATTR:
+      case KVM_GET_DEVICE_ATTR:
+      case KVM_SET_DEVICE_ATTR: return device_attribute(number, pointed<kvm_device_attr>(argument));
+      case request::pre_fault_memory: return pre_fault_memory(pointed<PreFaultMemory>(argument));
+      case KVM_GET_STATS_FD: return vcpu_->statistics_fd().release();
       case KVM_X86_SETUP_MCE: return vcpu_->setup_mce(pointed<uint64_t>(argument)), 0;
       case KVM_X86_SET_MCE: return vcpu_->set_mce(pointed<kvm_x86_mce>(argument)), 0;
       case KVM_ENABLE_CAP: {
@@ -122,6 +143,20 @@ class VcpuFile final : public File {
       }
       default: return -EINVAL;
     }
+  }
+
+  int device_attribute(unsigned long number, const kvm_device_attr& attribute) {
+    if (attribute.group != KVM_VCPU_TSC_CTRL || attribute.attr != KVM_VCPU_TSC_OFFSET) return -ENXIO;
+    switch (number) {
+      case KVM_GET_DEVICE_ATTR: return pointed<uint64_t>(attribute.addr) = vcpu_->tsc_offset(), 0;
+      case KVM_SET_DEVICE_ATTR: return vcpu_->set_tsc_offset(pointed<uint64_t>(attribute.addr)), 0;
+      default: return 0;
+    }
+  }
+
+  int pre_fault_memory(PreFaultMemory& range) {
+    if (range.flags != 0) return -EINVAL;
+    return vcpu_->pre_fault_memory(range.gpa, range.size);
   }
 
   int set_signal_mask(unsigned long argument) {
@@ -139,6 +174,7 @@ class VcpuFile final : public File {
 
   const std::shared_ptr<Vm> vm_;
   const std::unique_ptr<Vcpu> vcpu_;  // gone before its VM
+  const uint64_t coalesced_page_;     // of the client's mapping
   std::mutex mutex_;
   std::optional<uint64_t> signal_mask_;  // KVM_SET_SIGNAL_MASK
 };

@@ -3,7 +3,6 @@
 
 #include <sys/eventfd.h>
 
-#include <atomic>
 #include <map>
 #include <mutex>
 
@@ -15,6 +14,7 @@ namespace lodge::kvm::preload {
 namespace {
 
 constexpr uint64_t page_size = 4096;
+constexpr unsigned long min_mmu_pages = 64;  // the least that KVM takes
 
 // Linux 6.8; older headers lack them. Without the flag for private memory, which is refused as unknown, it is
 // kvm_userspace_memory_region with reserved words behind it.
@@ -25,12 +25,10 @@ struct MemoryRegion2 {
 static_assert(sizeof(MemoryRegion2) == 160);
 constexpr unsigned long set_user_memory_region2 = _IOW(KVMIO, 0x49, MemoryRegion2);
 constexpr unsigned long cap_user_memory2 = 231;
-constexpr unsigned long cap_vm_tsc_control = 214;
 
 class VmFile final : public File {
  public:
-  VmFile(std::shared_ptr<System> system, std::shared_ptr<Vm> vm)
-      : system_(std::move(system)), vm_(std::move(vm)) {}
+  explicit VmFile(std::shared_ptr<Vm> vm) : vm_(std::move(vm)) {}
 
  private:
   const char* name() const noexcept override { return "a VM"; }
@@ -39,13 +37,17 @@ class VmFile final : public File {
       case KVM_CHECK_EXTENSION:
         return check_extension(vm_->check_extension(static_cast<uint32_t>(argument)), argument);
       case KVM_ENABLE_CAP: return enable_cap(pointed<kvm_enable_cap>(argument));
-      case KVM_CREATE_VCPU: return make_vcpu(static_cast<unsigned>(argument));
-      case KVM_GET_TSC_KHZ: return static_cast<int>(tsc_khz());
+      case KVM_CREATE_VCPU:
+        return argument > UINT32_MAX ? -EINVAL : make_vcpu(static_cast<unsigned>(argument));
+      case KVM_GET_TSC_KHZ: return static_cast<int>(vm_->default_tsc_khz());
       case KVM_SET_TSC_KHZ: return set_tsc_khz(static_cast<uint32_t>(argument));
       case KVM_SET_TSS_ADDR: return vm_->set_tss_addr(argument), 0;
       case KVM_SET_IDENTITY_MAP_ADDR: return vm_->set_identity_map_addr(pointed<uint64_t>(argument)), 0;
-      case KVM_SET_BOOT_CPU_ID: return vm_->set_boot_cpu_id(static_cast<uint32_t>(argument)), 0;
+      case KVM_SET_BOOT_CPU_ID:
+        return argument > UINT32_MAX ? -EINVAL : (vm_->set_boot_cpu_id(static_cast<uint32_t>(argument)), 0);
       case KVM_GET_CLOCK: return pointed<kvm_clock_data>(argument) = vm_->clock(), 0;
+      case KVM_X86_SET_MSR_FILTER: return vm_->set_msr_filter(pointed<kvm_msr_filter>(argument)), 0;
+      case KVM_GET_STATS_FD: return vm_->statistics_fd().release();
       case KVM_SET_CLOCK: return vm_->set_clock(pointed<kvm_clock_data>(argument)), 0;
       default: break;
     }
@@ -53,22 +55,11 @@ class VmFile final : public File {
     return interrupts(number, argument);
   }
 
-  int make_vcpu(unsigned id) {
-    auto vcpu = vm_->create_vcpu(id);
-    if (const uint32_t khz = tsc_khz_.load(); khz != 0) vcpu->set_tsc_khz(khz);
-    return create_vcpu(vm_, std::move(vcpu));
-  }
+  int make_vcpu(unsigned id) { return create_vcpu(vm_, vm_->create_vcpu(id)); }
 
-  // What new vCPUs begin with. The contract knows the frequency of a vCPU alone, so one is asked.
-  uint32_t tsc_khz() {
-    if (const uint32_t khz = tsc_khz_.load(); khz != 0) return khz;
-    const auto scratch = system_->create_vm();
-    return scratch->create_vcpu(0)->tsc_khz();
-  }
   int set_tsc_khz(uint32_t khz) {
     if (khz > INT32_MAX) return -EINVAL;
-    tsc_khz_ = khz;  // 0: the host's
-    return 0;
+    return vm_->set_default_tsc_khz(khz), 0;
   }
 
   int enable_cap(const kvm_enable_cap& cap) {
@@ -93,6 +84,8 @@ class VmFile final : public File {
                              {static_cast<const uint64_t*>(log.dirty_bitmap), count});
         return 0;
       }
+      // A limit for shadow page tables, of which there are none: kept as any number of them would keep it.
+      case KVM_SET_NR_MMU_PAGES: return argument < min_mmu_pages ? -EINVAL : 0;
       default: return -ENOTTY;
     }
   }
@@ -135,6 +128,10 @@ class VmFile final : public File {
       case KVM_SIGNAL_MSI: return vm_->signal_msi(pointed<kvm_msi>(argument));
       case request::set_gsi_routing: return set_routing(argument);
       case KVM_IRQFD: return vm_->irqfd(pointed<kvm_irqfd>(argument)), 0;
+      case KVM_REGISTER_COALESCED_MMIO:
+        return vm_->register_coalesced(pointed<kvm_coalesced_mmio_zone>(argument)), 0;
+      case KVM_UNREGISTER_COALESCED_MMIO:
+        return vm_->unregister_coalesced(pointed<kvm_coalesced_mmio_zone>(argument)), 0;
       case KVM_IOEVENTFD: return vm_->ioeventfd(pointed<kvm_ioeventfd>(argument)), 0;
       default: return -ENOTTY;
     }
@@ -147,9 +144,7 @@ class VmFile final : public File {
     return 0;
   }
 
-  const std::shared_ptr<System> system_;
   const std::shared_ptr<Vm> vm_;
-  std::atomic<uint32_t> tsc_khz_{0};
   std::mutex mutex_;
   std::map<uint32_t, uint64_t> slot_pages_;
 };
@@ -157,14 +152,14 @@ class VmFile final : public File {
 }  // namespace
 
 int check_extension(int accelerator, unsigned long capability) noexcept {
-  return capability == cap_user_memory2 || capability == cap_vm_tsc_control ? 1 : accelerator;
+  return capability == cap_user_memory2 ? 1 : accelerator;
 }
 
 int create_vm(const std::shared_ptr<System>& system) {
   adopt_signal_handlers();
   Fd fd(::eventfd(0, EFD_CLOEXEC));
   if (!fd) throw_errno("cannot make a VM's descriptor");
-  return table().add({std::move(fd), std::make_shared<VmFile>(system, system->create_vm())});
+  return table().add({std::move(fd), std::make_shared<VmFile>(system->create_vm())});
 }
 
 }  // namespace lodge::kvm::preload
