@@ -11,6 +11,7 @@
 
 #include "base/error.hpp"
 #include "cli/commands.hpp"
+#include "cli/control_slots.hpp"
 #include "cli/statistics.hpp"
 #include "vm/config.hpp"
 #include "vm/control/client.hpp"
@@ -19,13 +20,6 @@ namespace lodge::cli {
 namespace {
 
 using vm::control::Client, vm::control::CommandError, vm::control::Json;
-using Arguments = std::span<const std::string>;
-
-// What is asked of the machine, and how its answer reads as text.
-struct Asked {
-  Json answer;
-  std::string text;  // lines, each with its end
-};
 
 struct Control {
   std::string_view name, arguments, help;
@@ -216,6 +210,13 @@ constexpr std::array controls = {
             console_resize},
     Control{"disks", "", "the disks and their names", 0, 0, disks},
     Control{"disk-resize", "DISK SIZE", "makes a disk larger while the guest uses it", 2, 2, disk_resize},
+    Control{"slots", "", "hot-plug slots and what is in them", 0, 0, slots},
+    Control{"add-disk", "FILE[,OPTION...]", "plugs a disk in, as --disk describes it", 1, 1, add_disk},
+    Control{"add-network", "KIND[,OPTION...]", "plugs a network card in, as --net describes it", 1, 1,
+            add_network},
+    Control{"add-device", "NAME[,OPTION...]", "plugs another VirtIO device in, as --device describes it", 1,
+            1, add_device},
+    Control{"remove", "SLOT|DISK", "asks the guest to let a device go, and waits until it has", 1, 1, remove},
     Control{"input", "", "keyboards and tablets, and which lights are on", 0, 0, input},
     Control{"send-key", "KEYS...", "presses and releases keys, like ctrl-alt-delete or h e l l o ret", 1, 64,
             send_key},
@@ -249,6 +250,7 @@ std::string ctl_commands_help() {
 
 std::vector<std::string> ctl_command_names() {
   std::vector<std::string> names;
+  names.reserve(std::size(controls));
   for (const Control& control : controls) names.emplace_back(control.name);
   return names;
 }

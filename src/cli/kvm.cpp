@@ -39,7 +39,7 @@ fs::path find_program(const std::string& name) {
   const char* path = std::getenv("PATH");
   std::istringstream folders(path != nullptr ? path : "/usr/bin:/bin");
   for (std::string folder; std::getline(folders, folder, ':');) {
-    const fs::path candidate = fs::path(folder) / name;
+    fs::path candidate = fs::path(folder) / name;
     if (::access(candidate.c_str(), X_OK) == 0 && fs::is_regular_file(candidate)) return candidate;
   }
   usage_error("lodge kvm: {}: no such program in PATH; install it or give its path", name);
@@ -118,8 +118,10 @@ void preload(const fs::path& library) {
   std::string list = library.string();
   if (list.find_first_of(" :") != std::string::npos)
     usage_error("lodge kvm: {}: the dynamic linker takes no path with a space or a colon; move it", list);
+  // What is there already stays in front: a sanitizer's run-time has to be first, and what wraps a function
+  // passes its call on to the next library.
   if (const char* present = std::getenv("LD_PRELOAD"); present != nullptr && *present != '\0')
-    list += fmt::format(":{}", present);
+    list = fmt::format("{}:{}", present, list);
   ::setenv("LD_PRELOAD", list.c_str(), 1);
 }
 

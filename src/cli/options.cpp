@@ -188,6 +188,11 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "a watchdog (Linux: module wdat_wdt, /dev/watchdog0) and what it does when the guest hangs: reset, "
          "poweroff or none")
       ->type_name("ACTION");
+  run->add_option(
+         "--hotplug", raw.hotplug,
+         "slots for devices that come and go while the guest runs (lodge ctl NAME add-disk), up to 8")
+      ->type_name("N")
+      ->capture_default_str();
   describe_seed(*run, raw.seed);
   run->add_option("--name", raw.name,
                   "the machine's name, as ps shows it; gives it a control socket (lodge ctl NAME)")
@@ -283,6 +288,18 @@ void add_balloon(vm::VmConfig& config) {
     config.devices.push_back({"virtio-balloon", {}});
 }
 
+// Ports in the last places of the bus, so that they take none of those that other devices get.
+void add_slots(unsigned count, vm::VmConfig& config) {
+  constexpr unsigned most = 8, last_place = 0x1e;
+  if (count > most) usage_error("--hotplug: {} are more than the {} that a machine can have", count, most);
+  if (count != 0 && config.machine == vm::MachineType::micro)
+    usage_error("--hotplug: --machine micro has no PCI; take --machine pc");
+  for (unsigned i = 0; i < count; i++)
+    config.devices.push_back(
+        {"pcie-root-port",
+         {{"id", fmt::format("hotplug{}", i + 1)}, {"slot", fmt::format("{:#x}", last_place - i)}}});
+}
+
 // Forwards belong to the first user-mode network, which they imply.
 void add_networks(const detail::RawOptions& raw, vm::VmConfig& config) {
   std::vector<vm::DeviceConfig> cards;
@@ -340,6 +357,7 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
   if (!raw.watchdog.empty()) config.devices.push_back({"watchdog", {{"action", raw.watchdog}}});
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
+  add_slots(raw.hotplug, config);
   if (!raw.no_balloon) add_balloon(config);
   command.control = raw.control;
   command.stats = raw.stats || raw.run_json;

@@ -62,6 +62,7 @@ struct RawOptions {
        doctor_json = false;
   std::string control, transparent_huge_pages = "auto", huge_pages;
   std::optional<unsigned> numa_node;
+  unsigned hotplug = 0;
   bool no_balloon = false, ksm = false, preallocate = false, memory_lock = false;
   RawSeedOptions seed;
   CtlCommand ctl;

@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
@@ -51,6 +52,29 @@ Fd take_signals() {
   Fd fd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
   if (!fd) throw_errno("signalfd");
   return fd;
+}
+
+// As many open files as the host permits: a shared folder and a network open what the guest asks for, and the
+// usual 1024 are for programs that call select(2).
+void raise_open_files() noexcept {
+  rlimit limit{};
+  if (::getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  ::setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+// Draws how much of the memory has been taken, until the machine has it all: that of a large one takes long.
+// At a reset the terminal belongs to the guest.
+machine::MemoryProgress show_memory(const std::atomic<bool>& built) {
+  if (::isatty(STDERR_FILENO) != 1) return {};
+  return [&built, shown = uint64_t{101}](uint64_t taken, uint64_t size) mutable {
+    const uint64_t percent = taken * 100 / size;
+    if (built || percent == shown) return;
+    fmt::print(stderr, "\r\033[Klodge: taking memory from the host: {} %{}", percent,
+               taken == size ? "\r\033[K" : "");
+    std::fflush(stderr);
+    shown = percent;
+  };
 }
 
 // The guest's console is as large as the window.
@@ -145,6 +169,7 @@ int run(const RunCommand& command) {
   vm::validate(command.config, vm::host_limits());
   auto listener = listen_for_control(command);  // before anything is opened: the machine may run already
   const Fd signals = take_signals();
+  raise_open_files();
   ::prctl(PR_SET_NAME, ("lodge:" + command.config.name).substr(0, 15).c_str());
   auto selected = vm::open_accelerator(command.config.accelerator, command.config.soft);
   if (!selected.remark.empty() && ::isatty(STDERR_FILENO)) say(selected.remark);
@@ -161,8 +186,12 @@ int run(const RunCommand& command) {
   });
   const bool uses_terminal = vm::uses_terminal(command.config);
   RawTerminal terminal(uses_terminal);
-  vm::VirtualMachine machine(command.config, std::move(selected.system),
+  std::atomic<bool> built = false;
+  auto config = command.config;
+  config.memory_progress = show_memory(built);
+  vm::VirtualMachine machine(std::move(config), std::move(selected.system),
                              open_backends(command.config, terminal, key));
+  built = true;
   for (const auto& [option, where] : machine.backends().device_terminals())
     say(fmt::format("{} is {}", option.substr(0, option.find_last_not_of('=') + 1), where));
   target = &machine;

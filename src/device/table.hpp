@@ -55,7 +55,9 @@ struct DeviceContext {
   virtio::MmioSlots* virtio_mmio;
   machine::MsiTarget& msi;
   machine::Doorbells& doorbells;
-  EventLoop& loop;  // for queues and back ends that need little time at once
+  EventLoop& loop;       // for queues and back ends that need little time at once
+  unsigned cpus = 1;     // the machine's processors
+  bool running = false;  // the guest is told of what is plugged in; only behind a port
 };
 
 // A device that is part of the machine; destroying it takes it out.

@@ -4,11 +4,16 @@
 #include <gtest/gtest.h>
 
 #include <deque>
+#include <filesystem>
+#include <fstream>
 
 #include "base/error.hpp"
+#include "block/image.hpp"
+#include "block/temporary_directory.hpp"
 #include "device/pci/root.hpp"
 #include "device/reset.hpp"
 #include "device/testing.hpp"
+#include "device/virtio/device.hpp"
 #include "device/virtio/mmio_slots.hpp"
 #include "machine/layout.hpp"
 
@@ -131,6 +136,25 @@ TEST_F(TableTest, ALimitIsAnAmountAndABurstNeedsOne) {
   const auto [row, options] = check_device("virtio-blk", {{"bps", "3m"}, {"iops", "1000"}});
   EXPECT_EQ(options.amount("bps"), 3u << 20);
   EXPECT_EQ(options.amount("iops"), 1000u);
+}
+
+TEST_F(TableTest, ADiskHasAQueueForEachProcessor) {
+  const block::TemporaryDirectory directory;
+  const std::string file = directory / "disk.raw";
+  std::ofstream(file).close();
+  std::filesystem::resize_file(file, 1 << 20);
+  context.open_disk = [](const std::string& path, const block::OpenOptions& options) {
+    return std::shared_ptr<block::Image>(block::open_image(path, options));
+  };
+  const auto queues = [&](unsigned cpus, std::map<std::string, std::string> options) {
+    context.cpus = cpus;
+    options.insert({{"file", file}, {"format", "raw"}});
+    return create_device(context, "virtio-blk", options)->virtio_device()->queues();
+  };
+  EXPECT_EQ(queues(1, {}), 1u);
+  EXPECT_EQ(queues(3, {}), 3u);
+  EXPECT_EQ(queues(64, {}), 16u);
+  EXPECT_EQ(queues(3, {{"queues", "2"}}), 2u);
 }
 
 TEST_F(TableTest, TwoDevicesOnOnePortAreRefusedByName) {

@@ -12,12 +12,12 @@
 
 namespace lodge::machine {
 
-GuestMemory::GuestMemory(uint64_t size, const MemoryOptions& options)
+GuestMemory::GuestMemory(uint64_t size, const MemoryOptions& options, const MemoryProgress& progress)
     : size_(size),
       options_(options),
       fd_(create_backing(size, options)),
       mapping_(map_backing(size, options, fd_)) {
-  prepare(mapping_, options);
+  prepare(mapping_, options, progress);
   uint64_t low = std::min(size, layout::low_ram_limit);
   ranges_.push_back({0, low, 0});
   if (size > low) ranges_.push_back({layout::high_ram_base, size - low, low});

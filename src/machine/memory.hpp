@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <span>
 #include <vector>
@@ -25,6 +26,10 @@ struct MemoryOptions {
   bool operator==(const MemoryOptions&) const = default;
 };
 
+// How many of `size` bytes `preallocate` has taken, several times while it works. From several threads, one
+// at a time.
+using MemoryProgress = std::function<void(uint64_t taken, uint64_t size)>;
+
 // Throws UsageError, naming the options of `lodge run`, when `size` bytes of such memory cannot be, or this
 // host does not offer them.
 void check_memory(uint64_t size, const MemoryOptions& options);
@@ -42,7 +47,7 @@ class GuestMemory {
   // `size` bytes of RAM, a multiple of 4096, in `ranges` of guest-physical space below and above the PCI hole
   // (machine/layout.hpp). Throws UsageError for what check_memory() refuses or when the host's huge pages do
   // not suffice, std::system_error when the host refuses.
-  explicit GuestMemory(uint64_t size, const MemoryOptions& options = {});
+  explicit GuestMemory(uint64_t size, const MemoryOptions& options = {}, const MemoryProgress& progress = {});
 
   GuestMemory(const GuestMemory&) = delete;
   GuestMemory& operator=(const GuestMemory&) = delete;

@@ -12,6 +12,7 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -71,15 +72,26 @@ void advise(const Mapping& memory, const MemoryOptions& options) {
 }
 
 // MADV_POPULATE_WRITE (Linux 5.14) says what is wrong where a store would be killed by SIGBUS.
-void populate(const Mapping& memory) {
+void populate(const Mapping& memory, const MemoryProgress& progress) {
   constexpr uint64_t piece = 64 * MiB;
   std::atomic<uint64_t> next = 0;
   std::atomic<int> error = 0;
+  std::mutex progress_mutex;
+  uint64_t taken = 0;
+  const auto report = [&](uint64_t more) {
+    if (!progress) return;
+    const std::lock_guard lock(progress_mutex);
+    taken += more;
+    progress(taken, memory.size());
+  };
   const auto work = [&] {
-    for (uint64_t at; error == 0 && (at = next.fetch_add(piece)) < memory.size();)
-      if (::madvise(memory.data() + at, std::min<uint64_t>(piece, memory.size() - at), MADV_POPULATE_WRITE) !=
-          0)
+    for (uint64_t at; error == 0 && (at = next.fetch_add(piece)) < memory.size();) {
+      const uint64_t length = std::min<uint64_t>(piece, memory.size() - at);
+      if (::madvise(memory.data() + at, length, MADV_POPULATE_WRITE) != 0)
         error = errno;
+      else
+        report(length);
+    }
   };
   {
     std::vector<std::jthread> threads;
@@ -141,13 +153,13 @@ Mapping map_backing(uint64_t size, const MemoryOptions& options, const Fd& fd) {
   }
 }
 
-void prepare(const Mapping& memory, const MemoryOptions& options) {
+void prepare(const Mapping& memory, const MemoryOptions& options, const MemoryProgress& progress) {
   if (options.numa_node) bind_to_node(memory, *options.numa_node);
   advise(memory, options);
   if (options.lock && ::mlock2(memory.data(), memory.size(), MLOCK_ONFAULT) != 0)
     usage_error("--memory-lock: {}; `ulimit -l` must allow {} KiB", std::strerror(errno),
                 memory.size() / KiB);
-  if (options.preallocate) populate(memory);
+  if (options.preallocate) populate(memory, progress);
 }
 
 }  // namespace lodge::machine

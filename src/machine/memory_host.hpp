@@ -14,6 +14,6 @@ Fd create_backing(uint64_t size, const MemoryOptions& options);
 Mapping map_backing(uint64_t size, const MemoryOptions& options, const Fd& fd);
 // Places, advises, locks and fills `memory` in this order. Throws UsageError naming the option that the host
 // refuses.
-void prepare(const Mapping& memory, const MemoryOptions& options);
+void prepare(const Mapping& memory, const MemoryOptions& options, const MemoryProgress& progress);
 
 }  // namespace lodge::machine

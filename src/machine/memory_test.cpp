@@ -3,9 +3,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/error.hpp"
@@ -51,8 +57,14 @@ class SlotVm : public kvm::Vm {
   void set_gsi_routing(std::span<const kvm_irq_routing_entry>) override {}
   void irqfd(const kvm_irqfd&) override {}
   void ioeventfd(const kvm_ioeventfd&) override {}
+  void register_coalesced(const kvm_coalesced_mmio_zone&) override {}
+  void unregister_coalesced(const kvm_coalesced_mmio_zone&) override {}
   void reinject_control(const kvm_reinject_control&) override {}
+  void set_msr_filter(const kvm_msr_filter&) override {}
+  Fd statistics_fd() override { return {}; }
   void set_boot_cpu_id(uint32_t) override {}
+  uint32_t default_tsc_khz() override { return 0; }
+  void set_default_tsc_khz(uint32_t) override {}
   kvm_clock_data clock() override { return {}; }
   void set_clock(const kvm_clock_data&) override {}
 };
@@ -173,6 +185,64 @@ TEST(GuestMemory, WhatWasPromisedIsNotGivenBack) {
   EXPECT_EQ(memory.resident(), 4 * layout::MiB);
   EXPECT_EQ(memory.release(0, layout::MiB), 0u);
   EXPECT_EQ(memory.resident(), 4 * layout::MiB);
+}
+
+TEST(GuestMemory, PreallocationTellsHowFarItIs) {
+  std::vector<uint64_t> seen;
+  const GuestMemory memory(160 * layout::MiB, {.preallocate = true}, [&](uint64_t taken, uint64_t size) {
+    EXPECT_EQ(size, 160 * layout::MiB);
+    seen.push_back(taken);
+  });
+  EXPECT_EQ(seen.size(), 3u);
+  EXPECT_TRUE(std::ranges::is_sorted(seen));
+  EXPECT_EQ(seen.back(), 160 * layout::MiB);
+}
+
+// A line of a process's or a host's account of its memory, "NAME: VALUE...".
+std::string account_of(const std::string& path, const std::string& name) {
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);)
+    if (line.starts_with(name)) return line.substr(name.size());
+  return {};
+}
+
+// The flags of the mapping that has `address`, as the kernel shows them: "rd wr mr...".
+std::string mapping_flags(const void* address) {
+  std::ifstream smaps("/proc/self/smaps");
+  const auto wanted = reinterpret_cast<unsigned long long>(address);
+  bool inside = false;
+  for (std::string line; std::getline(smaps, line);) {
+    unsigned long long begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%llx-%llx ", &begin, &end) == 2) inside = begin <= wanted && wanted < end;
+    if (inside && line.starts_with("VmFlags:")) return line.substr(8);
+  }
+  return {};
+}
+
+// The kernel is asked to merge, and where somebody has switched that on it does: two machines whose pages are
+// equal hold them once.
+TEST(GuestMemory, EqualPagesAreOneWithKsm) {
+  if (!std::filesystem::exists("/sys/kernel/mm/ksm")) GTEST_SKIP() << "this kernel merges no pages";
+  using Transparent = MemoryOptions::Transparent;
+  const MemoryOptions options{.mergeable = true, .transparent_huge_pages = Transparent::off};
+  GuestMemory one(8 * layout::MiB, options), two(8 * layout::MiB, options), plain(8 * layout::MiB);
+  EXPECT_THAT(mapping_flags(one.view(0, 1).data()), ::testing::HasSubstr(" mg"));
+  EXPECT_THAT(mapping_flags(plain.view(0, 1).data()), ::testing::Not(::testing::HasSubstr(" mg")));
+  if (account_of("/sys/kernel/mm/ksm/run", "") != "1")
+    GTEST_SKIP() << "nobody has switched it on: echo 1 >/sys/kernel/mm/ksm/run";
+  std::vector<uint8_t> bytes(8 * layout::MiB);
+  for (size_t i = 0; i < bytes.size(); i++) bytes[i] = static_cast<uint8_t>(i * 2654435761u >> 13 ^ i >> 12);
+  one.write(0, bytes);
+  two.write(0, bytes);
+  const auto merged = [] {
+    const std::string pages = account_of("/proc/self/ksm_merging_pages", "");
+    return pages.empty() ? 0 : std::stoul(pages);
+  };
+  for (int i = 0; i < 1200 && merged() < 2 * bytes.size() / 4096; i++)
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  EXPECT_GE(merged(), 2 * bytes.size() / 4096);
+  two.write(4096, std::vector<uint8_t>{1, 2, 3});
+  EXPECT_EQ(one.view(4096, 1)[0], bytes[4096]) << "what is written is no longer shared";
 }
 
 TEST(GuestMemory, OffsetsLeaveTheHoleOut) {

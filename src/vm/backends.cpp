@@ -66,6 +66,11 @@ std::shared_ptr<net::Backend> Backends::open_network(const net::Config& config) 
   return network;
 }
 
+void Backends::close_unused() noexcept {
+  std::erase_if(disks_, [](const auto& known) { return known.second.use_count() <= 1; });
+  std::erase_if(networks_, [](const auto& known) { return known.second.use_count() <= 1; });
+}
+
 void Backends::resize_terminal(uint16_t columns, uint16_t rows) noexcept {
   const auto found = others_.find("stdio");
   if (found != others_.end()) found->second->resize(columns, rows);

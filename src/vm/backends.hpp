@@ -38,6 +38,8 @@ class Backends {
   block::Image& disk(const std::string& path);
   // The network that `config` describes. It outlives machine resets. Throws UsageError.
   std::shared_ptr<net::Backend> open_network(const net::Config& config);
+  // Closes disks and networks that no device has any more: one was taken out of the running machine.
+  void close_unused() noexcept;
   // The pseudo-terminals that devices have opened: the option and the path.
   const std::vector<std::pair<std::string, std::string>>& device_terminals() const noexcept {
     return device_terminals_;

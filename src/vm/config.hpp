@@ -43,6 +43,7 @@ struct VmConfig {
   uint64_t memory = 512ull << 20;  // bytes, a multiple of 4096
   MachineType machine = MachineType::pc;
   machine::MemoryOptions memory_options;
+  machine::MemoryProgress memory_progress;  // may be empty
   Accelerator accelerator = Accelerator::automatic;
   kvm::soft::Options soft;   // of the soft accelerator
   std::string cpu = "host";  // a name of cpu_models()

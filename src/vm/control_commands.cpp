@@ -11,6 +11,7 @@
 
 #include "device/virtio/balloon.hpp"
 #include "vm/input_commands.hpp"
+#include "vm/slot_commands.hpp"
 
 namespace lodge::vm {
 namespace {
@@ -209,11 +210,14 @@ constexpr std::array commands = {
     Command{"balloon", set_balloon},
     Command{"block_resize", block_resize},
     Command{"cont", cont},
+    Command{"device_add", device_add},
+    Command{"device_del", device_del},
     Command{"input-send-event", input_send_event},
     Command{"lodge-balloon-hint", lodge_balloon_hint},
     Command{"lodge-console-resize", lodge_console_resize},
     Command{"lodge-query", lodge_query},
     Command{"lodge-query-input", lodge_query_input},
+    Command{"lodge-query-slots", lodge_query_slots},
     Command{"lodge-statistics", lodge_statistics},
     Command{"qmp_capabilities", qmp_capabilities},
     Command{"query-balloon", query_balloon},

@@ -234,6 +234,18 @@ CpuidEntries vcpu_cpuid(const CpuidEntries& model, unsigned apic_id, unsigned cp
   return entries;
 }
 
+void add_frequencies(CpuidEntries& entries, uint32_t tsc_khz) {
+  constexpr uint32_t signature = 0x4000'0000, frequencies = 0x4000'0010, apic_bus_khz = 1'000'000;
+  auto* const hypervisor = find(entries, signature);
+  if (hypervisor == nullptr || tsc_khz == 0 || find(entries, frequencies) != nullptr) return;
+  hypervisor->eax = std::max(hypervisor->eax, frequencies);
+  kvm_cpuid_entry2 entry{};
+  entry.function = frequencies;
+  entry.eax = tsc_khz;
+  entry.ebx = apic_bus_khz;
+  entries.push_back(entry);
+}
+
 std::string brand_string(const CpuidEntries& entries) {
   std::array<char, 49> text{};
   for (const auto& entry : entries) {

@@ -28,6 +28,11 @@ CpuidEntries model_cpuid(CpuidEntries supported, bool tsc_deadline, std::string_
 // volume 3 appendix E).
 CpuidEntries vcpu_cpuid(const CpuidEntries& model, unsigned apic_id, unsigned cpus);
 
+// Tells the guest the frequencies of its TSC and of its APIC's timer, whose bus runs at 1 GHz on every
+// accelerator: leaf 0x40000010, which VMware has introduced and KVM leaves to the VMM. Nothing for `tsc_khz`
+// 0, or where the hypervisor's leaves are absent.
+void add_frequencies(CpuidEntries& entries, uint32_t tsc_khz);
+
 // The processor's name as leaves 0x80000002 to 4 give it, without padding; empty when they are absent.
 std::string brand_string(const CpuidEntries& entries);
 

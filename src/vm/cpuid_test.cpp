@@ -59,6 +59,19 @@ TEST(ModelCpuid, HostKeepsAllButNestedVirtualization) {
   EXPECT_EQ(at(entries, 7).ebx, ~0u);
 }
 
+TEST(ModelCpuid, FrequenciesStandBehindTheHypervisorsLeaves) {
+  CpuidEntries entries = full();
+  add_frequencies(entries, 2'000'000);
+  EXPECT_EQ(entries.size(), full().size()) << "no hypervisor's first leaf, no others";
+  entries.push_back(entry(0x40000000, 0, 0x40000001, 0, 0, 0));
+  add_frequencies(entries, 0);
+  EXPECT_EQ(at(entries, 0x40000000).eax, 0x40000001u);
+  add_frequencies(entries, 2'000'000);
+  EXPECT_EQ(at(entries, 0x40000000).eax, 0x40000010u);
+  EXPECT_EQ(at(entries, 0x40000010).eax, 2'000'000u);
+  EXPECT_EQ(at(entries, 0x40000010).ebx, 1'000'000u);
+}
+
 TEST(ModelCpuid, TscDeadlineComesFromTheCapability) {
   EXPECT_EQ(at(model_cpuid(full(), false, "host"), 1).ecx & (1u << 24), 0u);
   EXPECT_NE(at(model_cpuid(full(), true, "x86-64-v2"), 1).ecx & (1u << 24), 0u);

@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <array>
+#include <system_error>
 
 #include "base/error.hpp"
+#include "device/pci/root.hpp"
 #include "device/watchdog.hpp"
 #include "guestfs/boot_files.hpp"
 #include "machine/acpi/acpi.hpp"
@@ -82,13 +84,17 @@ void install_reset_vector(machine::GuestMemory& memory, uint16_t reset_port) {
 
 Machine::Machine(const VmConfig& config, kvm::System& system, Clock& clock, Backends& backends,
                  machine::Power& power)
-    : backends_(backends), vm_(system.create_vm()), memory_(config.memory, config.memory_options) {
+    : backends_(backends),
+      clock_(clock),
+      power_(power),
+      vm_(system.create_vm()),
+      memory_(config.memory, config.memory_options, config.memory_progress) {
   memory_.attach(*vm_, 0);
   create_interrupt_inputs();
   chipset_ = create_chipset(config, {*vm_, memory_, ports_, mmio_, clock, power,
                                      [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); }});
   create_serial_ports(clock);
-  create_optional_devices(config, clock, power);
+  create_optional_devices(config);
   create_vcpus(config, system);
   describe(config);
   load_kernel(config);
@@ -120,13 +126,13 @@ void Machine::create_serial_ports(Clock& clock) {
   }
 }
 
-void Machine::create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power) {
-  const device::DeviceContext context{
+device::DeviceContext Machine::device_context(unsigned cpus, bool running) {
+  return {
       .ports = ports_,
       .memory = mmio_,
       .ram = memory_,
-      .clock = clock,
-      .power = power,
+      .clock = clock_,
+      .power = power_,
       .line = [this](unsigned gsi) -> machine::Interrupt& { return interrupt(gsi); },
       .open_backend = [this](const std::string& specification, const std::string& option, bool input)
           -> std::shared_ptr<device::CharBackend> { return backends_.open(specification, option, input); },
@@ -137,13 +143,41 @@ void Machine::create_optional_devices(const VmConfig& config, Clock& clock, mach
       .virtio_mmio = chipset_->virtio_mmio(),
       .msi = platform_,
       .doorbells = platform_,
-      .loop = loop_};
+      .loop = loop_,
+      .cpus = cpus,
+      .running = running};
+}
+
+void Machine::create_optional_devices(const VmConfig& config) {
+  const auto context = device_context(config.cpus, false);
   for (const bool first : {true, false})
     for (const auto& device : config.devices)
       if (device::created_first(device.name) == first)
-        optional_.push_back(device::create_device(context, device.name, device.options));
+        optional_.push_back({device, device::create_device(context, device.name, device.options)});
   chipset_->devices_are_in();
 }
+
+namespace {
+
+// In kHz; 0 on a host whose TSC has none that holds.
+uint32_t tsc_frequency(kvm::Vcpu& vcpu, const kvm::Vm& vm) {
+  if (vm.check_extension(KVM_CAP_GET_TSC_KHZ) <= 0) return 0;
+  try {
+    return vcpu.tsc_khz();
+  } catch (const std::system_error&) {
+    return 0;
+  }
+}
+
+// As firmware does for AMD's processors: the TSC counts at the frequency of P0, or Linux complains about the
+// firmware. Not to be had from every KVM (before 6.8), and nothing depends on it.
+void select_tsc_frequency(kvm::Vcpu& vcpu) {
+  constexpr uint32_t amd_hwcr = 0xc001'0015;
+  const kvm_msr_entry hwcr{.index = amd_hwcr, .reserved = 0, .data = uint64_t{1} << 24};
+  vcpu.set_msrs({&hwcr, 1});
+}
+
+}  // namespace
 
 void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   const int maximum = vm_->check_extension(KVM_CAP_MAX_VCPUS);
@@ -153,7 +187,10 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
   cpuid_ = model_cpuid(system, config.cpu);
   for (unsigned id = 0; id < config.cpus; id++) {
     auto vcpu = vm_->create_vcpu(id);
-    vcpu->set_cpuid2(vcpu_cpuid(cpuid_, id, config.cpus));
+    auto cpuid = vcpu_cpuid(cpuid_, id, config.cpus);
+    add_frequencies(cpuid, tsc_frequency(*vcpu, *vm_));
+    vcpu->set_cpuid2(cpuid);
+    select_tsc_frequency(*vcpu);
     set_up_vcpu(*vcpu, id == 0 && config.machine == MachineType::pc);
     vcpus_.push_back(std::move(vcpu));
   }
@@ -162,7 +199,7 @@ void Machine::create_vcpus(const VmConfig& config, kvm::System& system) {
 std::vector<Machine::NamedDisk> Machine::disks() {
   std::vector<NamedDisk> found;
   unsigned nameless = 0;
-  for (const auto& mounted : optional_)
+  for (const auto& [device, mounted] : optional_)
     if (device::Disk* disk = mounted->disk())
       found.push_back({disk->name().empty() ? fmt::format("disk{}", nameless++) : disk->name(), disk});
   return found;
@@ -172,6 +209,65 @@ device::Disk* Machine::disk(std::string_view name) noexcept {
   for (const NamedDisk& found : disks())
     if (found.name == name) return found.disk;
   return nullptr;
+}
+
+// --- Devices that come and go
+
+void Machine::on_release(const std::function<void()>& released) {
+  if (!chipset_->pci()) return;
+  for (device::pci::RootPort* port : chipset_->pci()->ports()) port->on_release(released);
+}
+
+std::vector<Machine::Slot> Machine::slots() {
+  std::vector<Slot> found;
+  if (!chipset_->pci()) return found;
+  for (const device::pci::RootPort* port : chipset_->pci()->ports()) {
+    Slot slot{port->id(), nullptr, nullptr, port->leaving()};
+    const auto in_it = std::ranges::find_if(optional_, [&](const Optional& each) {
+      const auto bus = each.config.options.find("bus");
+      return bus != each.config.options.end() && bus->second == slot.port;
+    });
+    // One that the guest has let go is as good as gone.
+    if (in_it != optional_.end() && port->occupied())
+      slot.device = &in_it->config, slot.mounted = in_it->mounted.get();
+    found.push_back(std::move(slot));
+  }
+  return found;
+}
+
+void Machine::plug(const DeviceConfig& device) {
+  try {
+    optional_.push_back(
+        {device, device::create_device(device_context(cpus(), true), device.name, device.options)});
+  } catch (...) {
+    backends_.close_unused();  // what it had opened before it failed
+    throw;
+  }
+}
+
+bool Machine::ask_to_let_go(std::string_view port) noexcept {
+  auto* const found = chipset_->pci() ? chipset_->pci()->port(port) : nullptr;
+  return found && found->ask_to_let_go();
+}
+
+void Machine::pull_leaving() noexcept {
+  if (!chipset_->pci()) return;
+  for (device::pci::RootPort* port : chipset_->pci()->ports())
+    if (port->leaving()) port->unplug(false);
+}
+
+std::vector<DeviceConfig> Machine::take_released() {
+  std::vector<DeviceConfig> gone;
+  std::erase_if(optional_, [&](Optional& each) {
+    const auto bus = each.config.options.find("bus");
+    if (bus == each.config.options.end() || bus->second.empty()) return false;
+    const auto* port = chipset_->pci()->port(bus->second);
+    if (!port || port->occupied()) return false;
+    gone.push_back(std::move(each.config));
+    return true;
+  });
+  if (!gone.empty()) backends_.close_unused();
+  return gone;
 }
 
 // The tables in which a guest reads what the machine is made of.

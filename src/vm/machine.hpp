@@ -47,7 +47,7 @@ class Machine {
   // not so many.
   template <class VirtioDevice>
   VirtioDevice* find_device(size_t index = 0) noexcept {
-    for (const auto& mounted : optional_)
+    for (const auto& [device, mounted] : optional_)
       if (auto* found = dynamic_cast<VirtioDevice*>(mounted->virtio_device()); found && index-- == 0)
         return found;
     return nullptr;
@@ -56,7 +56,7 @@ class Machine {
   bool press_power_button() noexcept { return chipset_->press_power_button(); }
   // The processors stand still, or go on.
   void set_paused(bool paused) noexcept {
-    for (const auto& mounted : optional_) mounted->set_paused(paused);
+    for (const auto& [device, mounted] : optional_) mounted->set_paused(paused);
   }
   // In the order of the configuration, by id, or "disk0" for the first one without and so on.
   struct NamedDisk {
@@ -67,10 +67,31 @@ class Machine {
   // Null: there is none of that name.
   device::Disk* disk(std::string_view name) noexcept;
 
+  // --- Devices that come and go while the guest runs, each in the slot of a root port (--hotplug). One
+  // caller at a time. Set-up: called on a vCPU's thread when the guest has let a device go; take_released()
+  // is due then.
+  void on_release(const std::function<void()>& released);
+  struct Slot {
+    std::string port;                // its id
+    const DeviceConfig* device;      // null: empty
+    device::MountedDevice* mounted;  // null: empty
+    bool leaving;                    // its guest was asked to let it go
+  };
+  std::vector<Slot> slots();
+  // Puts a device into the slot that its option `bus` names and tells the guest. Throws UsageError.
+  void plug(const DeviceConfig& device);
+  // Asks the guest to let the device in the slot of `port` go. False: nothing is there.
+  bool ask_to_let_go(std::string_view port) noexcept;
+  // Takes those out that were asked for and are still there: for when no guest sees it.
+  void pull_leaving() noexcept;
+  // Takes apart what is in its slot no more, and returns what that was.
+  std::vector<DeviceConfig> take_released();
+
  private:
   void create_interrupt_inputs();
   void create_serial_ports(Clock& clock);
-  void create_optional_devices(const VmConfig& config, Clock& clock, machine::Power& power);
+  device::DeviceContext device_context(unsigned cpus, bool running);
+  void create_optional_devices(const VmConfig& config);
   void create_vcpus(const VmConfig& config, kvm::System& system);
   void describe(const VmConfig& config);
   void load_kernel(const VmConfig& config);
@@ -81,6 +102,8 @@ class Machine {
 
   // In the order of dependence: what is below uses what is above.
   Backends& backends_;
+  Clock& clock_;
+  machine::Power& power_;
   std::unique_ptr<kvm::Vm> vm_;
   machine::GuestMemory memory_;
   Platform platform_{*vm_};
@@ -91,7 +114,11 @@ class Machine {
   std::unique_ptr<Chipset> chipset_;
   std::vector<std::unique_ptr<device::Serial>> serial_;
   std::vector<machine::Registration> mounted_;
-  std::vector<std::unique_ptr<device::MountedDevice>> optional_;
+  struct Optional {
+    DeviceConfig config;
+    std::unique_ptr<device::MountedDevice> mounted;
+  };
+  std::vector<Optional> optional_;
   std::vector<std::unique_ptr<kvm::Vcpu>> vcpus_;
   CpuidEntries cpuid_;  // what all vCPUs have in common
   uint64_t rsdp_ = 0;

@@ -93,7 +93,7 @@ TEST_P(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
       {"virtio-fs", {{"path", testing::TempDir()}, {"tag", "tag"}, {"readonly", "on"}}}};
   if (GetParam() == MachineType::pc) {
     config.devices.push_back({"virtio-rng", {{"bus", "port"}}});
-    config.devices.push_back({"pcie-root-port", {{"id", "port"}}});
+    for (const char* id : {"port", "slot"}) config.devices.push_back({"pcie-root-port", {{"id", id}}});
   }
 
   const auto system = kvm::soft::open();
@@ -125,6 +125,12 @@ TEST_P(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
     running.emplace_back([&] {
       for (unsigned i = 0; i < rounds; ++i) {
         machine.press_power_button();
+        if (GetParam() == MachineType::pc) {
+          machine.plug({"virtio-rng", {{"bus", "slot"}}});
+          machine.ask_to_let_go("slot");
+          machine.pull_leaving();  // if the guest has not let go what it was asked for
+          machine.take_released();
+        }
         backends.serial(i % backends.serial_ports()).receive_ready();
         std::this_thread::yield();
       }

@@ -53,6 +53,7 @@ void check(const SeedWishes& wishes) {
 std::string user_data_of(const SeedWishes& wishes) {
   if (!wishes.user_data.empty()) return wishes.user_data;
   std::string text = "#cloud-config\n";
+  if (wishes.ssh_keys.empty() && wishes.commands.empty()) text += "{}\n";  // nothing at all is no mapping
   if (!wishes.ssh_keys.empty()) text += "disable_root: false\n";
   if (!wishes.commands.empty()) text += "runcmd:\n";
   for (const auto& command : wishes.commands) text += fmt::format("  - {}\n", quoted("--run", command));

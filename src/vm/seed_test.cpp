@@ -27,6 +27,11 @@ TEST(Seed, SettingsAreMadeOfTheOptions) {
   EXPECT_THAT(seed.meta_data, HasSubstr("\npublic-keys:\n  - \"ssh-ed25519 AAAAC3Nza me@here\"\n"));
 }
 
+// cloud-init calls a configuration without a mapping invalid.
+TEST(Seed, AHostnameAloneIsAnEmptyConfiguration) {
+  EXPECT_EQ(make_seed({.hostname = "web"}).user_data, "#cloud-config\n{}\n");
+}
+
 TEST(Seed, AFileIsTakenAsItIs) {
   const Seed seed = make_seed({.user_data = "#!/bin/sh\ntrue\n", .hostname = "web"});
   EXPECT_EQ(seed.user_data, "#!/bin/sh\ntrue\n");

@@ -34,7 +34,16 @@ VirtualMachine::VirtualMachine(VmConfig config, std::unique_ptr<kvm::System> sys
                                std::unique_ptr<Backends> backends)
     : config_(std::move(config)), system_(std::move(system)), backends_(std::move(backends)) {
   if (config_.seed) backends_->add_disk(seed_file, seed_image(*config_.seed));
+  build_machine();
+}
+
+void VirtualMachine::build_machine() {
   machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+  machine_->on_release([this] {
+    const std::lock_guard lock(mutex_);
+    released_ = true;
+    changed_.notify_all();
+  });
 }
 
 VirtualMachine::~VirtualMachine() {
@@ -52,17 +61,12 @@ Ending VirtualMachine::run() {
   }
   for (;;) {
     start_vcpus();
-    Event event;
-    {
-      std::unique_lock lock(mutex_);
-      changed_.wait(lock, [this] { return event_.has_value(); });
-      event = *event_;
-    }
+    const Event event = wait_for_event();
     stop_vcpus();
     collect_statistics();
     if (!event.restart) {
       backends_->flush();
-      return end_with(std::move(event.ending));
+      return end_with(event.ending);
     }
     if (auto failure = rebuild()) {
       backends_->flush();
@@ -74,10 +78,37 @@ Ending VirtualMachine::run() {
   }
 }
 
+// Takes apart meanwhile what the guest lets go: a vCPU's thread, which sees that, cannot.
+VirtualMachine::Event VirtualMachine::wait_for_event() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    changed_.wait(lock, [this] { return event_ || released_; });
+    if (event_) return *event_;
+    released_ = false;
+    lock.unlock();
+    {
+      const std::lock_guard machine_lock(machine_mutex_);
+      drop_released();
+    }
+    lock.lock();
+  }
+}
+
+// With machine_mutex_ held. What has gone is not in the machine that a reset makes either.
+void VirtualMachine::drop_released() {
+  if (!machine_) return;
+  for (const DeviceConfig& gone : machine_->take_released()) {
+    const auto known = std::ranges::find(config_.devices, gone);
+    if (known != config_.devices.end()) config_.devices.erase(known);
+  }
+}
+
 // A reset is a new machine: nothing of the old one can leak into it. The old one goes first, so that memory
 // is not needed twice. Its guest may have left a disk without a kernel: that is an ending like others.
 std::optional<Ending> VirtualMachine::rebuild() {
   const std::lock_guard lock(machine_mutex_);
+  machine_->pull_leaving();
+  drop_released();
   machine_.reset();
   const auto failed = [](Ending::Cause cause, const std::exception& error) {
     return Ending{
@@ -85,7 +116,7 @@ std::optional<Ending> VirtualMachine::rebuild() {
         .message = fmt::format("the guest reset the machine, which cannot start again: {}", error.what())};
   };
   try {
-    machine_ = std::make_unique<Machine>(config_, *system_, clock_, *backends_, *this);
+    build_machine();
     machine_->set_paused(paused());
   } catch (const UsageError& error) {
     return failed(Ending::Cause::no_restart, error);
@@ -229,6 +260,33 @@ int VirtualMachine::resize_disk(std::string_view name, uint64_t bytes) noexcept 
   std::lock_guard lock(machine_mutex_);
   device::Disk* disk = machine_ ? machine_->disk(name) : nullptr;
   return disk ? disk->resize(bytes) : ENODEV;
+}
+
+std::string VirtualMachine::plug(DeviceConfig device) {
+  const std::lock_guard lock(machine_mutex_);
+  if (!machine_) usage_error("the machine has ended");
+  drop_released();
+  const auto* const row = device::check_device(device.name, device.options).first;
+  if (std::ranges::none_of(row->options, [](const auto& option) { return option.name == "bus"; }))
+    usage_error("{} cannot come to a running machine; VirtIO devices can", device.name);
+  auto& bus = device.options["bus"];
+  if (bus.empty()) {
+    const auto slots = machine_->slots();
+    const auto empty = std::ranges::find(slots, nullptr, &Machine::Slot::device);
+    if (slots.empty()) usage_error("the machine has no slots for more devices; start it with --hotplug 2");
+    if (empty == slots.end())
+      usage_error("the machine's slots are full ({} of them); remove a device first", slots.size());
+    bus = empty->port;
+  }
+  machine_->plug(device);
+  const std::string port = bus;
+  config_.devices.push_back(std::move(device));
+  return port;
+}
+
+bool VirtualMachine::unplug(std::string_view port) noexcept {
+  const std::lock_guard lock(machine_mutex_);
+  return machine_ && machine_->ask_to_let_go(port);
 }
 
 bool VirtualMachine::paused() noexcept {

@@ -49,6 +49,15 @@ class VirtualMachine final : public machine::Power {
   // ENODEV (no such disk) and those of device::Disk::resize(). Blocks meanwhile.
   int resize_disk(std::string_view name, uint64_t bytes) noexcept;
 
+  // --- Devices that come and go in the slots of root ports (Machine::slots()). What is plugged in stays over
+  // resets of the machine.
+  // Puts it into the slot that its option `bus` names or, without one, into the first that is empty, and
+  // returns that port's id. Throws UsageError.
+  std::string plug(DeviceConfig device);
+  // Asks the guest to let the device in the slot of `port` go, which it does later or, without a driver for
+  // such slots, not before the machine's next reset. False: nothing is there.
+  bool unplug(std::string_view port) noexcept;
+
   // How the kernel was entered, for logs.
   const std::string& protocol() const noexcept { return machine_->protocol(); }
   // Any thread. While the machine runs its vCPUs are asked, which takes them out of the guest for a moment.
@@ -70,7 +79,10 @@ class VirtualMachine final : public machine::Power {
     Ending ending;
   };
 
+  void build_machine();
   std::optional<Ending> rebuild();
+  Event wait_for_event();
+  void drop_released();
   Ending end_with(Ending ending);
   void post(Event event) noexcept;
   void restart_or(Ending::Cause cause, std::string message = {}) noexcept;
@@ -110,6 +122,7 @@ class VirtualMachine final : public machine::Power {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<Event> event_;  // what run() has to act on
+  bool released_ = false;       // so is this: the guest has let a device go
   bool paused_ = false;
   std::atomic<bool> stop_ = false;  // vCPU threads look at this after every exit
   std::vector<std::thread> threads_;

@@ -69,6 +69,7 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
   micro_refused({"--device", "virtio-rng,legacy=on"}, "legacy=on: --machine micro has no PCI");
   micro_refused({"--device", "virtio-keyboard,bus=a"}, "bus=a: --machine micro has no PCI");
   micro_refused({"--device", "pcie-root-port,id=a"}, "--machine micro has no PCI");
+  micro_refused({"--hotplug", "1"}, "--hotplug: --machine micro has no PCI");
   micro_refused({"--serial", "null", "--serial", "null"}, "--machine micro has one serial port");
 }
 TEST_F(BadInput, SettingsForCloudInit) {
@@ -97,6 +98,7 @@ TEST_F(BadInput, RootPortsThatDoNotFit) {
     run_refused(std::move(more), part);
   };
   run_refused({"--device", "virtio-rng,bus=a"}, "add --device pcie-root-port,id=a");
+  run_refused({"--hotplug", "9"}, "--hotplug: 9 are more than the 8");
   run_refused({"--device", "pcie-root-port"}, "for example id=port1");
   with_port({"--device", "pcie-root-port,id=a"}, "the name is given twice");
   with_port({"--device", "virtio-rng,bus=a,slot=3"}, "leave slot=3 out");

@@ -1,4 +1,5 @@
 // lodge ctl and lodge list, with a tiny guest on the soft accelerator.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -162,6 +163,56 @@ TEST_F(Control, ANameBelongsToOneMachineAndOutlivesAKilledOne) {
   EXPECT_THAT(result.err, HasSubstr("no machine listens"));
   EXPECT_EQ(testing_support::run(machine("o", {"--name", "one"}), patience).status, 0);
   EXPECT_FALSE(std::filesystem::exists(directory_ + "/lodge/one.sock"));
+}
+
+// The guest has no driver for slots: what is plugged in stays over a reset, and what shall go goes with one.
+TEST_F(Control, DevicesComeAndGoInSlots) {
+  for (const char* name : {"one", "two"})
+    ASSERT_EQ(run({"image", "create", directory_ + "/" + name, "1M"}).status, 0);
+  Process process(machine("h", {"--name", "hot", "--hotplug", "2", "--disk", directory_ + "/one"}));
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  empty\nhotplug2  empty\n");
+  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ + "/two,id=data,readonly"}).out, "hotplug1\n");
+  EXPECT_EQ(asked({"ctl", "hot", "add-device", "virtio-rng", "--json"}),
+            nlohmann::json({{"slot", "hotplug2"}}));
+  EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  virtio-blk  data\nhotplug2  virtio-rng\n");
+  EXPECT_EQ(run({"ctl", "hot", "disks"}).out, "disk0  qcow2  1 MiB\ndata  qcow2  1 MiB  read-only\n");
+  for (const auto& [words, message] : std::vector<std::pair<std::vector<std::string>, std::string>>{
+           {{"add-network", "user"}, "slots are full (2 of them)"},
+           {{"add-disk", directory_ + "/one,bus=hotplug1"}, "given twice"},
+           {{"add-device", "watchdog"}, "watchdog cannot come to a running machine"},
+           {{"remove", "disk0"}, "no slot has a device 'disk0'"}}) {
+    std::vector<std::string> all = {"ctl", "hot"};
+    all.insert(all.end(), words.begin(), words.end());
+    const Result result = run(all);
+    EXPECT_EQ(result.status, 12) << words[0];
+    EXPECT_THAT(result.err, HasSubstr(message));
+  }
+  for (const char* name : {"data", "hotplug2"})
+    EXPECT_EQ(run({"ctl", "hot", "qmp", "device_del", fmt::format(R"({{"id": "{}"}})", name)}).status, 0);
+  EXPECT_EQ(run({"ctl", "hot", "slots"}).out,
+            "hotplug1  virtio-blk  data  asked to leave\nhotplug2  virtio-rng  asked to leave\n");
+  EXPECT_EQ(run({"image", "resize", directory_ + "/two", "2M"}).status, 2) << "the machine still has it";
+
+  EXPECT_EQ(run({"ctl", "hot", "reset"}).status, 0);
+  ASSERT_TRUE(process.wait_output("halted\nhalted\n", patience)) << process.err();
+  EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  empty\nhotplug2  empty\n");
+  EXPECT_EQ(run({"image", "resize", directory_ + "/two", "2M"}).status, 0);
+  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ + "/two"}).out, "hotplug1\n");
+  EXPECT_EQ(run({"ctl", "hot", "reset"}).status, 0);
+  ASSERT_TRUE(process.wait_output("halted\nhalted\nhalted\n", patience)) << process.err();
+  EXPECT_EQ(run({"ctl", "hot", "disks"}).out, "disk0  qcow2  1 MiB\ndisk1  qcow2  2 MiB\n");
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
+}
+
+TEST_F(Control, AMachineWithoutSlotsSaysHowToGetSome) {
+  Process process(machine("h", {"--name", "cold"}));
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  EXPECT_THAT(run({"ctl", "cold", "slots"}).out, HasSubstr("--hotplug N"));
+  EXPECT_THAT(run({"ctl", "cold", "add-device", "virtio-rng"}).err, HasSubstr("start it with --hotplug 2"));
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
 }
 
 TEST_F(Control, BadWordsAreRefusedBeforeAnythingIsAsked) {

@@ -165,6 +165,40 @@ TEST_F(ImageCommand, CheckFindsAndMendsLeaks) {
   EXPECT_THAT(image({"check", path("disk")}).out, testing::StartsWith("no damage"));
 }
 
+// Whatever encrypts, by the hand of the program that makes such images.
+TEST_F(ImageCommand, EncryptedImagesAreRefusedByEveryCommand) {
+  if (!std::filesystem::exists("/usr/bin/qemu-img")) GTEST_SKIP() << "qemu-img is not installed";
+  write("password", "secret");
+  const std::string secret = "secret,id=key,file=" + path("password");
+  for (const std::vector<std::string>& kind :
+       {std::vector<std::string>{"luks", "key-secret=key,iter-time=10"},
+        {"qcow2", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"},
+        {"qcow2", "encrypt.format=aes,encrypt.key-secret=key"}}) {
+    Result made;
+    // Where its thread gets no processor for a moment, qemu-img cannot time its own work and gives up.
+    for (int attempt = 0; attempt < 20; attempt++) {
+      made = testing_support::run({"/usr/bin/qemu-img", "create", "-f", kind[0], "--object", secret, "-o",
+                                   kind[1], path("encrypted"), "1M"},
+                                  Seconds(60));
+      if (made.err.find("accurate CPU usage") == std::string::npos) break;
+    }
+    ASSERT_EQ(made.status, 0) << made.err;
+    for (const std::vector<std::string>& command : {std::vector<std::string>{"info", path("encrypted")},
+                                                    {"check", path("encrypted")},
+                                                    {"convert", path("encrypted"), path("new")},
+                                                    {"resize", path("encrypted"), "2M"},
+                                                    {"create", "--backing", path("encrypted"), path("new")}})
+      refuse(command, "decrypt it with 'qemu-img convert'");
+    const Result run =
+        testing_support::run({LODGE_BINARY, "run", "--accel", "soft", path("encrypted")}, Seconds(60));
+    EXPECT_EQ(run.status, 2);
+    EXPECT_THAT(run.err, HasSubstr("encrypted: is encrypted"));
+    EXPECT_FALSE(std::filesystem::exists(path("new")));
+    if (kind[0] == "luks") succeed({"info", "--format", "raw", path("encrypted")});
+    std::filesystem::remove(path("encrypted"));
+  }
+}
+
 TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   succeed({"create", path("disk"), "1M"});
   refuse({"create", path("disk"), "1M"}, "is there already");

@@ -1,4 +1,5 @@
 // lodge run with a tiny guest, on every accelerator of this host.
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <poll.h>
@@ -11,6 +12,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "support/process.hpp"
 
@@ -111,6 +113,21 @@ TEST_P(Run, SerialPortsGoWhereTheyAreToldTo) {
   std::ifstream stream(file);
   EXPECT_EQ(std::string((std::istreambuf_iterator<char>(stream)), {}), "hello\n");
   std::filesystem::remove(file);
+}
+
+TEST_P(Run, AsManyFilesMayBeOpenAsTheHostPermits) {
+  std::vector<std::string> limited = {"/bin/sh", "-c", "ulimit -Sn 100; exec \"$@\"", "sh"};
+  for (const auto& word : command("h")) limited.push_back(word);
+  Process process(limited);
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  std::ifstream limits(fmt::format("/proc/{}/limits", process.pid()));
+  std::string line, soft, hard;
+  while (std::getline(limits, line) && !line.starts_with("Max open files")) continue;
+  std::istringstream(line.substr(14)) >> soft >> hard;
+  EXPECT_EQ(soft, hard) << line;
+  EXPECT_NE(soft, "100");
+  process.signal(SIGTERM);
+  EXPECT_EQ(process.wait_exit(patience), 10);
 }
 
 TEST_P(Run, SigtermEndsAGuestThatKnowsNoPowerButton) {
@@ -216,6 +233,15 @@ TEST_P(Run, TerminalIsRawWhileTheGuestHasItAndGivenBack) {
   terminal.type("\x01x");
   EXPECT_EQ(Terminal::wait_exit(pid), 10);
   EXPECT_TRUE(terminal.echoes());
+}
+
+TEST_P(Run, TakingMemoryIsShownOnATerminal) {
+  Terminal terminal;
+  const pid_t pid = terminal.start(command("h", {"--preallocate"}));
+  ASSERT_TRUE(terminal.wait("halted")) << terminal.seen();
+  EXPECT_THAT(terminal.seen(), HasSubstr("taking memory from the host: 100 %"));
+  ::kill(pid, SIGTERM);
+  EXPECT_EQ(Terminal::wait_exit(pid), 10);
 }
 
 TEST_P(Run, TerminalIsGivenBackAfterASignal) {

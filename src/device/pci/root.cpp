@@ -106,7 +106,7 @@ bool Root::with_function(uint32_t address, Visit visit) const {
     return table_[place];
   }
   const auto port = std::ranges::find_if(port_list_, [bus](RootPort* each) { return each->owns_bus(bus); });
-  return place == 0 && port != port_list_.end() && (*port)->with_child(visit);
+  return place == 0 && port != port_list_.end() && (*port)->powered() && (*port)->with_child(visit);
 }
 
 uint32_t Root::selected() const noexcept {

@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <deque>
+#include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
 
@@ -218,7 +219,7 @@ TEST_F(RootPortTest, PluggingAndUnpluggingAreEvents) {
   put(0, slot, express + 0x18, 2, 1 << 3 | 1 << 5);  // presence, interrupt
   port.plug(card, true);
   EXPECT_TRUE(line.level);
-  EXPECT_EQ(slot_status() & 0x48, 0x48u) << "present, and that is new";
+  EXPECT_EQ(slot_status() & 0x49, 0x49u) << "present, that is new, and somebody has pressed the button";
   EXPECT_TRUE(get(0, slot, express + 0x12, 2) & 1 << 13) << "link active";
   put(0, slot, express + 0x1a, 2, 0x108);
   EXPECT_FALSE(line.level);
@@ -227,6 +228,55 @@ TEST_F(RootPortTest, PluggingAndUnpluggingAreEvents) {
   EXPECT_EQ(slot_status() & 0x48, 0x08u);
   put(0, slot, express + 0x18, 2, 0);
   EXPECT_FALSE(line.level) << "nobody listens any more";
+}
+
+// What a guest's driver does that was asked by the slot's button: it takes its hands off the card, and
+// switches the power off.
+TEST_F(RootPortTest, TheGuestLetsGoWhatItIsAskedFor) {
+  auto& line = lines[layout::pci_gsi(slot, 0)];
+  unsigned released = 0;
+  port.on_release([&] { released++; });
+  EXPECT_FALSE(port.ask_to_let_go()) << "nothing is there";
+  port.plug(card, false);
+  put(0, slot, 0x18, 4, 0x0001'0100);
+  put(0, slot, express + 0x18, 2, 1 << 0 | 1 << 5);  // button, interrupt
+  EXPECT_TRUE(port.ask_to_let_go());
+  EXPECT_TRUE(line.level);
+  EXPECT_EQ(slot_status(), 0x41u) << "pressed, and still there";
+  put(0, slot, express + 0x1a, 2, 1);
+  EXPECT_FALSE(line.level);
+  EXPECT_TRUE(port.leaving());
+  EXPECT_EQ(get(1, 0, 0, 4), 0x5678'1234u);
+  put(0, slot, express + 0x18, 2, 1 << 0 | 1 << 5 | 1 << 10);
+  EXPECT_EQ(released, 1u);
+  EXPECT_FALSE(port.occupied());
+  EXPECT_FALSE(port.leaving());
+  EXPECT_EQ(slot_status() & 0x48, 0x08u) << "gone, and that is new";
+  // The next one: powered when the guest says so.
+  port.plug(card, true);
+  EXPECT_EQ(get(1, 0, 0, 4), 0xffff'ffffu);
+  EXPECT_FALSE(get(0, slot, express + 0x12, 2) & 1 << 13);
+  put(0, slot, express + 0x18, 2, 1 << 5);
+  EXPECT_EQ(get(1, 0, 0, 4), 0x5678'1234u);
+  EXPECT_TRUE(get(0, slot, express + 0x12, 2) & 1 << 13) << "link active";
+  EXPECT_EQ(released, 1u);
+}
+
+TEST_F(RootPortTest, ACardThatNobodyWantsOutStaysWhenTheSlotIsSwitchedOffAndOn) {
+  port.on_release([] { FAIL() << "nobody has asked"; });
+  port.plug(card, false);
+  put(0, slot, 0x18, 4, 0x0001'0100);
+  put(0, slot, express + 0x18, 2, 1 << 10);
+  EXPECT_EQ(card.resets, 1u) << "without power it forgets";
+  EXPECT_EQ(get(1, 0, 0, 4), 0xffff'ffffu);
+  EXPECT_EQ(slot_status() & 0x140, 0x140u) << "there, and the link has changed";
+  put(0, slot, express + 0x18, 2, 1 << 10 | 1);
+  EXPECT_EQ(card.resets, 1u) << "switched off once";
+  put(0, slot, express + 0x18, 2, 0);
+  EXPECT_EQ(get(1, 0, 0, 4), 0x5678'1234u);
+  EXPECT_TRUE(port.ask_to_let_go());
+  root.reset();
+  EXPECT_FALSE(port.leaving()) << "whoever was asked is gone";
 }
 
 TEST_F(RootPortTest, WhatWasThereFromTheStartIsNoEvent) {
@@ -290,6 +340,34 @@ TEST_F(RootPortTest, SavedStateRoundTrips) {
   put(0, slot, express + 0x18, 2, 0x28);
   RootPort other("port1", 1);
   EXPECT_TRUE(device::testing::round_trip(port, other));
+}
+
+// A slot that is switched off, with a card whose leave was asked for: nothing happens to the card when such a
+// state is loaded, and it leaves as if it had been asked here.
+TEST_F(RootPortTest, SavedStateKnowsOfPowerAndLeave) {
+  port.plug(card, false);
+  put(0, slot, express + 0x18, 2, 1 << 10);
+  port.ask_to_let_go();
+  nlohmann::json saved;
+  port.save(saved);
+  RootPort twin("port1", 1);
+  Card other;
+  Root twin_root{ports, memory, [this](unsigned gsi) -> machine::Interrupt& { return lines.at(gsi); }, reset};
+  twin_root.add_port(5, twin);
+  unsigned released = 0;
+  twin.on_release([&] { released++; });
+  twin.plug(other, false);
+  twin.load(saved);
+  nlohmann::json again;
+  twin.save(again);
+  EXPECT_EQ(again, saved);
+  EXPECT_EQ(other.resets, 0u);
+  EXPECT_FALSE(twin.powered());
+  EXPECT_TRUE(twin.leaving());
+  twin.config_write(express + 0x18, 2, 0);
+  twin.config_write(express + 0x18, 2, 1 << 10);
+  EXPECT_EQ(released, 1u);
+  EXPECT_FALSE(twin.occupied());
 }
 
 }  // namespace

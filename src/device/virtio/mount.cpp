@@ -34,10 +34,12 @@ class MountedPci final : public MountedDevice {
         own_loop_(own_loop(*device, served)),
         transport_(std::move(device), {context.msi, context.doorbells}, transitional) {
     transport_.device().attach_loop(own_loop_ ? *own_loop_ : context.loop);
-    if (port)
-      port->plug(transport_, false);
-    else
+    if (port) {
+      transport_.become_express_endpoint();
+      port->plug(transport_, context.running);
+    } else {
       root_.add(slot_, 0, transport_);
+    }
   }
   ~MountedPci() override {
     if (slot_ == behind_port)
@@ -107,8 +109,13 @@ std::unique_ptr<MountedDevice> mount_behind_port(const DeviceContext& context, c
 
 }  // namespace
 
-unsigned next_place(const DeviceContext& context) {
-  return context.pci ? context.pci->free_slot() : context.virtio_mmio->next();
+// Slots of the root bus are 0 to 31; what is behind ports comes after them.
+unsigned place_of(const DeviceContext& context, const DeviceOptions& options) {
+  if (!context.pci) return context.virtio_mmio->next();
+  if (const pci::RootPort* port = context.pci->port(options.text("bus")))
+    return pci::Root::slots + port->number();
+  if (options.text("slot") == "auto") return context.pci->free_slot();
+  return static_cast<unsigned>(options.number("slot", 1, 0x1e));
 }
 
 RingFeatures ring_features(const DeviceOptions& options) {

@@ -43,9 +43,8 @@ enum class Served { by_machine, by_itself };
 std::unique_ptr<MountedDevice> mount(const DeviceContext& context, const DeviceOptions& options,
                                      std::unique_ptr<Device> device, Served served = Served::by_machine);
 
-// The number of the place that the next device gets which does not ask for one: differs between those of a
-// machine.
-unsigned next_place(const DeviceContext& context);
+// The number of the place that a device with these options gets: differs between those of a machine.
+unsigned place_of(const DeviceContext& context, const DeviceOptions& options);
 
 // The rows of this folder.
 std::span<const DeviceDescriptor> rows() noexcept;

@@ -12,9 +12,9 @@ namespace {
 
 constexpr std::string_view device = "--device virtio-net";
 
-// Locally administered, and another one for each slot.
-Mac parse_mac(const std::string& text, unsigned slot) {
-  if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(slot)};
+// Locally administered, and another one for each place.
+Mac parse_mac(const std::string& text, unsigned place) {
+  if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(place)};
   Mac mac{};
   int length = 0;
   const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
@@ -91,8 +91,7 @@ net::Config network_config(const DeviceOptions& options, uint16_t mtu) {
 }  // namespace
 
 std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options) {
-  const unsigned slot = options.text("slot") == "auto" ? next_place(context) : 0;
-  Network::Config config{.mac = parse_mac(options.text("mac"), slot)};
+  Network::Config config{.mac = parse_mac(options.text("mac"), place_of(context, options))};
   config.mtu = static_cast<uint16_t>(options.number("mtu", 0, 65535));
   if (config.mtu != 0 && config.mtu < 68) usage_error("{},mtu={}: give 68 to 65535", device, config.mtu);
   return mount(

@@ -13,6 +13,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "device/pci/express.hpp"
 #include "device/virtio/config_register.hpp"
 
 namespace lodge::device::virtio {
@@ -81,6 +82,10 @@ PciTransport::PciTransport(std::unique_ptr<Device> device, const Wiring& wiring,
   use_interrupt_pin(1);
   add_capabilities();
   device_->connect(*this);
+}
+
+void PciTransport::become_express_endpoint() {
+  pci::add_express_capability(config(), pci::EXPRESS_ENDPOINT);
 }
 
 PciTransport::~PciTransport() {

@@ -41,6 +41,8 @@ class PciTransport final : public pci::Function, private Transport {
   PciTransport(std::unique_ptr<Device> device, const Wiring& wiring, bool transitional);
   ~PciTransport() override;
 
+  // Set-up, before it is plugged in: it sits behind a PCI Express port, and is an endpoint there.
+  void become_express_endpoint();
   Device& device() noexcept { return *device_; }
   void reset() noexcept override;
 

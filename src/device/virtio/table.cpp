@@ -1,6 +1,8 @@
 // The rows of the VirtIO devices.
 #include <fmt/format.h>
 
+#include <algorithm>
+
 #include "base/error.hpp"
 #include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
@@ -51,7 +53,7 @@ constexpr auto block_options = options_with_common(
     OptionSchema{"readonly", "", "off", "the guest cannot write"},
     OptionSchema{"snapshot", "", "off", "changes are thrown away at the end"},
     OptionSchema{"serial", "", "", "serial number that the guest sees, at most 20 characters"},
-    OptionSchema{"queues", "num-queues", "1", "request queues, 1 to 16"},
+    OptionSchema{"queues", "num-queues", "0", "request queues, 1 to 16; 0: one for each processor"},
     OptionSchema{"id", "", "", "what the control socket calls the disk; else disk0, disk1..."},
     OptionSchema{"iops", "", "0", "requests a second, at most; 0: no limit"},
     OptionSchema{"bps", "", "0", "bytes a second, at most; with K, M, G if you like"},
@@ -91,7 +93,8 @@ std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const De
   open.read_only = options.flag("readonly");
   open.temporary = options.flag("snapshot");
   open.limits = rate_limits(options);
-  const auto queues = static_cast<unsigned>(options.number("queues", 1, Block::max_queues));
+  auto queues = static_cast<unsigned>(options.number("queues", 0, Block::max_queues));
+  if (queues == 0) queues = std::min(context.cpus, Block::max_queues);
   auto image = context.open_disk(options.text("file"), open);
   auto block = std::make_unique<Block>(context.ram, std::move(image),
                                        Block::Config{options.text("serial"), queues, options.text("id")},

@@ -12,6 +12,7 @@
 
 #include "device/virtio/constants.hpp"
 #include "device/virtio/device.hpp"
+#include "device/virtio/ring_access.hpp"
 #include "machine/layout.hpp"
 #include "machine/memory.hpp"
 
@@ -50,13 +51,17 @@ class DriverQueue {
   static uint64_t bytes_needed(uint16_t size) { return 16u * size + 0x4000 + 8u * size; }
   static uint64_t all_bytes(uint16_t size) { return bytes_needed(size) + uint64_t{size} * table_bytes; }
 
+  // Fields of rings, which the device uses on threads of its own: in order, as a driver's barriers make it.
   void put16(uint64_t gpa, uint16_t value) {
-    memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&value), 2});
+    if (gpa % 2 != 0) {  // of no ring; an attack's
+      memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&value), 2});
+    } else if (const auto at = memory_.get().view(gpa, 2); !at.empty()) {
+      store16(at, 0, value);
+    }
   }
   uint16_t get16(uint64_t gpa) const {
-    uint16_t value = 0;
-    memory_.get().read(gpa, {reinterpret_cast<uint8_t*>(&value), 2});
-    return value;
+    const auto at = memory_.get().view(gpa, 2);
+    return at.empty() ? uint16_t{0} : load16(at, 0);
   }
   uint32_t get32(uint64_t gpa) const { return get16(gpa) | uint32_t{get16(gpa + 2)} << 16; }
   // A descriptor as the layout in use has it.
@@ -66,7 +71,8 @@ class DriverQueue {
       uint32_t length;
       uint16_t a, b;
     } raw{address, length, packed_ ? next_or_id : flags, packed_ ? flags : next_or_id};
-    memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&raw), 16});
+    memory_.get().write(gpa, {reinterpret_cast<uint8_t*>(&raw), 14});
+    put16(gpa + 14, raw.b);  // a packed ring's device may look at the flags meanwhile
   }
 
   // Makes a chain available; returns its id. The ring must have room.
