@@ -16,6 +16,9 @@
 namespace lodge::block {
 namespace {
 
+using testing::AllOf;
+using testing::HasSubstr;
+
 constexpr uint64_t kib = 1024, mib = 1024 * kib;
 
 class Raw : public testing::TestWithParam<Engine> {
@@ -68,6 +71,36 @@ TEST_P(Raw, RefusesWhatLeavesTheDisk) {
   EXPECT_EQ(discard(*image, UINT64_MAX - 511, 1024), EINVAL);
   EXPECT_EQ(write_zeroes(*image, 512, UINT64_MAX, true), EINVAL);
   EXPECT_EQ(read(*image, sector, 0, mib), 0);
+}
+
+TEST_P(Raw, LuksVolumesAreRefusedUnlessSaidToBeRaw) {
+  for (const uint8_t version : {1, 2}) {
+    std::ofstream(path_, std::ios::in | std::ios::binary)
+        << "LUKS\xba\xbe" << '\0' << static_cast<char>(version);
+    try {
+      open();
+      ADD_FAILURE() << "opened";
+    } catch (const UsageError& error) {
+      EXPECT_THAT(error.what(), AllOf(HasSubstr("LUKS"), HasSubstr("decrypt"), HasSubstr("raw")));
+    }
+  }
+  OpenOptions options;
+  options.format = "raw";
+  EXPECT_EQ(open(options)->format(), "raw");
+}
+
+// The name alone is no volume: a disk may begin with any text.
+TEST_P(Raw, WhatOnlyBeginsLikeLuksIsRaw) {
+  std::ofstream(path_, std::ios::in | std::ios::binary) << "LUKS is not here";
+  EXPECT_EQ(open()->format(), "raw");
+}
+
+// A guest may encrypt its own disk: it is told nothing, and whoever starts it next says that the format is
+// raw.
+TEST_P(Raw, GuestsMayMakeALuksVolume) {
+  uint8_t sector[512]{'L', 'U', 'K', 'S', 0xba, 0xbe, 0, 2};
+  EXPECT_EQ(write(*open(), sector, sizeof sector, 0), 0);
+  EXPECT_THROW(open(), UsageError);
 }
 
 TEST_P(Raw, ReadOnlyRefusesEveryChange) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <pwd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -69,6 +70,11 @@ std::string reason(const std::deque<std::string>& lines) {
   return lines.empty() ? "it said nothing" : lines.back();
 }
 
+std::string user_name() {
+  const passwd* const user = ::getpwuid(::geteuid());
+  return user ? user->pw_name : std::to_string(::geteuid());
+}
+
 void write_at(int fd, const std::vector<uint8_t>& bytes, uint64_t offset) {
   if (::pwrite(fd, bytes.data(), bytes.size(), static_cast<off_t>(offset)) !=
       static_cast<ssize_t>(bytes.size()))
@@ -120,9 +126,20 @@ void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
     lines.emplace_back(line);
     if (lines.size() > kept_lines) lines.pop_front();
   });
-  if (status != 0 || !done) usage_error("mmdebstrap could not make the system: {}", reason(lines));
+  if (status != 0 || !done)
+    usage_error("mmdebstrap could not make the system: {}", detail::explain(lines, user_name()));
   write_at(fd, table.start, 0);
   write_at(fd, table.end, disk.size - table.end.size());
+}
+
+std::string detail::explain(const std::deque<std::string>& lines, const std::string& user) {
+  const std::string why = reason(lines);
+  // It has tried all of its ways without root.
+  if (why.find("unable to pick chroot mode") == std::string::npos) return why;
+  return fmt::format(
+      "user '{}' may not make user namespaces with user IDs of their own; as root, `usermod --add-subuids "
+      "100000-165535 --add-subgids 100000-165535 {}`, and see `sysctl kernel.unprivileged_userns_clone`",
+      user, user);
 }
 
 void detail::Progress::line(std::string_view line) {

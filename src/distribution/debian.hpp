@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <string>
 #include <string_view>
@@ -33,6 +34,10 @@ void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
            const std::function<void(std::string_view)>& log);
 
 namespace detail {
+// What is to be told of a build that has failed: the tools' own reason, or what their user should do about
+// it.
+std::string explain(const std::deque<std::string>& lines, const std::string& user);
+
 // How far a build is, from the lines that mmdebstrap and apt print.
 class Progress {
  public:

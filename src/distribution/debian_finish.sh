@@ -43,7 +43,8 @@ if [ -n "$LODGE_SSH_KEY" ]; then
 fi
 if [ -d "$root/etc/cloud/cloud.cfg.d" ]; then
   # Its settings come on a disk or not at all: it need not ask the network, nor set that up; and there are no locales.
-  printf 'datasource_list: [NoCloud, None]\nnetwork: {config: disabled}\nlocale: false\n' >"$root/etc/cloud/cloud.cfg.d/90_lodge.cfg"
+  # (A text: as a truth value, bookworm's schema refuses it and the first boot warns of an invalid configuration.)
+  printf 'datasource_list: [NoCloud, None]\nnetwork: {config: disabled}\nlocale: "false"\n' >"$root/etc/cloud/cloud.cfg.d/90_lodge.cfg"
 fi
 
 # What mmdebstrap would take away after this.

@@ -65,6 +65,15 @@ TEST(DebianProgress, RisesWithThePackages) {
   EXPECT_EQ(last, "making the file system");
 }
 
+TEST(DebianFailure, IsToldWithWhatToDoAboutIt) {
+  EXPECT_EQ(detail::explain({"I: one", "E: Unable to locate package x", "I: cleaning up"}, "ann"),
+            "E: Unable to locate package x");
+  EXPECT_EQ(detail::explain({}, "ann"), "it said nothing");
+  EXPECT_THAT(detail::explain(
+                  {"E: unable to pick chroot mode automatically (use --mode for manual selection)"}, "ann"),
+              HasSubstr("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 ann`"));
+}
+
 TEST(Tool, AMissingOneIsNamedWithItsPackage) {
   try {
     find_tool("lodge-has-no-such-tool", "some-package");

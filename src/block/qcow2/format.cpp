@@ -42,11 +42,14 @@ class Parser {
   Header parse() {
     uint8_t fixed[known_length]{};
     load(fixed, sizeof fixed, 0);
+    refuse_encrypted(fixed, storage_.path());
     if (!looks_formatted(fixed)) bad("is not a qcow2 image");
     fields(fixed);
     if (const auto crypt = load_be<uint32_t>(fixed + 32))
-      usage_error("{}: is encrypted ({}), which Lodge cannot read; decrypt it with 'qemu-img convert'",
-                  storage_.path(), crypt == 2 ? "LUKS" : "AES");
+      usage_error(
+          "{}: is encrypted ({}), which Lodge cannot read; decrypt it with 'qemu-img convert' "
+          "(docs/images.md)",
+          storage_.path(), crypt == 2 ? "LUKS" : "AES");
     const uint32_t length = header_.version == 2 ? v2_length : load_be<uint32_t>(fixed + 100);
     if (length < (header_.version == 2 ? v2_length : v3_length) || length % 8 != 0 ||
         length > header_.cluster_size())
