@@ -80,6 +80,7 @@ def arguments(options: argparse.Namespace, side: str, form: str, image: pathlib.
 def fio_step(row: Row, options: argparse.Namespace) -> Step:
     command = (f"/bin/fio --name={row.name} --filename=/dev/vda --direct=1 --thread --gtod_reduce=1 --time_based "
                f"--runtime={options.seconds} --ramp_time=1 --norandommap --size={options.size}M {row.options} "
+               f"--numjobs={options.jobs} --group_reporting "
                "--output-format=terse --terse-version=3")  # fmt: skip
     return Step(row.name, tuple(command.split()), lambda output: [], limit=options.seconds * 10 + 120)
 
@@ -218,6 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the disk (default 1024)")
     parser.add_argument("--cpus", type=int, default=1, help="of the guest (default 1)")
     parser.add_argument("--queues", type=int, default=1, help="of Lodge's disk (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="of fio at the same time, each as its row says (default 1)")
     parser.add_argument("--only", metavar="ROW[,ROW]", help=f"of {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--formats", default="raw,qcow2")
     parser.add_argument("--sides", default=f"lodge,{','.join(QEMU_WAYS)}", metavar="SIDE[,SIDE]")
@@ -232,8 +234,8 @@ def parse_arguments() -> argparse.Namespace:
         setattr(options, name, chosen.split(",") if chosen else list(known))
         if unknown := set(getattr(options, name)) - set(known):
             parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    if min(options.rounds, options.seconds, options.cpus, options.queues) < 1 or options.size < 64:
-        parser.error("--rounds, --seconds, --cpus and --queues are at least 1, --size at least 64")
+    if min(options.rounds, options.seconds, options.cpus, options.queues, options.jobs) < 1 or options.size < 64:
+        parser.error("--rounds, --seconds, --cpus, --queues and --jobs are at least 1, --size at least 64")
     return options
 
 
@@ -260,7 +262,8 @@ def main() -> int:
           f"{os.getloadavg()[0]:.1f} after\n{text(lines)}")  # fmt: skip
     if options.json:
         about = {"date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "rounds": options.rounds,
-                 "seconds": options.seconds, "size_mib": options.size, "cpus": options.cpus, "queues": options.queues}  # fmt: skip
+                 "seconds": options.seconds, "size_mib": options.size, "cpus": options.cpus, "queues": options.queues,
+                 "jobs": options.jobs}  # fmt: skip
         options.json.write_text(json.dumps({**about, "table": lines, "samples": results, "failures": failures}, indent=2) + "\n")
     return 1 if failures else 0
 

@@ -11,9 +11,11 @@ from tests.test_programs import PROGRAMS
 
 def measured(**seconds):
     results = Results()
-    for side, (one, two) in seconds.items():
+    for side, (one, two, *shared) in seconds.items():
         results.add(side, Sample("compile, 1 CPU", 1, one))
         results.add(side, Sample("compile, 2 CPUs", 1, two))
+        for both_on_one in shared:
+            results.add(side, Sample("compile, 1 CPU, 2 jobs", 1, both_on_one))
     return results
 
 
@@ -21,10 +23,15 @@ class SpeedUp(unittest.TestCase):
     def test_is_compared_with_the_other_sides(self):
         group = Smp(pathlib.Path())
         results = measured(native=(2, 1), lodge=(19, 10), qemu=(15, 10))
-        self.assertAlmostEqual(group.derived(results)["speed-up"]["lodge"].min, 1.9)
+        self.assertAlmostEqual(group.derived(results)["speed-up of make -j"]["lodge"].min, 1.9)
         over_tcg, over_host = group.requirements(results)
         self.assertAlmostEqual(over_tcg.value, 1.9 / 1.5)
         self.assertAlmostEqual(over_host.value, 0.95)
+
+    def test_of_two_jobs_on_one_processor_is_told_apart(self):
+        found = Smp(pathlib.Path()).derived(measured(qemu=(15, 10, 23)))
+        self.assertAlmostEqual(found["speed-up of make -j"]["qemu"].min, 1.5)
+        self.assertAlmostEqual(found["speed-up of 2 jobs"]["qemu"].min, 2.3)
 
     def test_says_nothing_on_a_busy_host(self):
         results = measured(native=(2, 1.9), lodge=(19, 10), qemu=(15, 10))
