@@ -51,3 +51,29 @@ function(lodge_test name)
   add_test(NAME ${name} COMMAND ${name})
   set_tests_properties(${name} PROPERTIES TIMEOUT ${ARG_TIMEOUT})
 endfunction()
+
+# What stands before LD_PRELOAD's other libraries where sanitizers instrument everything: their run-time insists on
+# being first. Empty without them.
+set(LODGE_RUNTIME "")
+if(LODGE_SANITIZE MATCHES "address|thread")
+  string(REGEX MATCH "address|thread" runtime ${LODGE_SANITIZE})
+  string(REPLACE "address" "asan" runtime ${runtime})
+  string(REPLACE "thread" "tsan" runtime ${runtime})
+  execute_process(COMMAND ${CMAKE_CXX_COMPILER} -print-file-name=lib${runtime}.so
+                  OUTPUT_VARIABLE LODGE_RUNTIME OUTPUT_STRIP_TRAILING_WHITESPACE)
+endif()
+
+# lodge_preload_test(NAME [LABELS labels...] [ENVIRONMENT settings...] COMMAND words...): a test whose program sees
+# the preload library's /dev/kvm.
+function(lodge_preload_test name)
+  cmake_parse_arguments(ARG "" "" "COMMAND;ENVIRONMENT;LABELS" ${ARGN})
+  add_test(NAME ${name} COMMAND lodge kvm -- ${ARG_COMMAND})
+  if(LODGE_RUNTIME)
+    list(APPEND ARG_ENVIRONMENT LD_PRELOAD=${LODGE_RUNTIME})
+  endif()
+  set_tests_properties(${name} PROPERTIES TIMEOUT 1300 LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENVIRONMENT}")
+  if(LODGE_SANITIZE)
+    # Signals come faster than an instrumented guest that shares its processor gets anywhere.
+    set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)
+  endif()
+endfunction()

@@ -1,5 +1,7 @@
 // A guest whose code is a fuzzer's input, for every tier of the soft accelerator. The first byte chooses the
-// mode, the next 128 the registers, the rest is code.
+// mode and whether it begins with an SMI, or in system-management mode with the input's end as the saved
+// state; the next 128 are the registers, the rest is code. SMRAM is the guest's own memory: SMBASE 0 puts the
+// handler where the code is.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +19,8 @@
 namespace lodge::fuzz {
 
 inline constexpr uint64_t ram_size = 1 << 20, code_gpa = 0x8000, table_gpa = 0x1000, idt_gpa = 0x4000,
-                          gdt_gpa = 0x5000;
+                          gdt_gpa = 0x5000, save_area_gpa = 0xfe00;
+inline constexpr size_t save_area_size = 0x200;
 
 inline void put64(uint8_t* ram, uint64_t gpa, uint64_t value) {
   std::memcpy(ram + gpa, &value, sizeof value);
@@ -92,12 +95,16 @@ inline Machine make_machine(Guest& guest, const uint8_t* data, size_t size) {
   build_tables(guest.ram.data(), mode >= 3);
   std::memcpy(guest.ram.data() + code_gpa, data + header_size, std::min<size_t>(size - header_size, 4096));
 
+  const size_t saved = std::min(size, save_area_size);
+  std::memcpy(guest.ram.data() + save_area_gpa, data + size - saved, saved);
+
   auto vm = guest.system->create_vm();
-  vm->set_user_memory_region({.slot = 0,
-                              .flags = 0,
-                              .guest_phys_addr = 0,
-                              .memory_size = ram_size,
-                              .userspace_addr = reinterpret_cast<uint64_t>(guest.ram.data())});
+  for (const uint32_t space : {0u, 1u})
+    vm->set_user_memory_region({.slot = space << 16,
+                                .flags = 0,
+                                .guest_phys_addr = 0,
+                                .memory_size = ram_size,
+                                .userspace_addr = reinterpret_cast<uint64_t>(guest.ram.data())});
   auto vcpu = vm->create_vcpu(0);
   vcpu->set_cpuid2(guest.cpuid);
   vcpu->set_xcrs({.nr_xcrs = 1, .flags = 0, .xcrs = {{.xcr = 0, .reserved = 0, .value = 7}}, .padding = {}});
@@ -107,6 +114,14 @@ inline Machine make_machine(Guest& guest, const uint8_t* data, size_t size) {
   regs.rip = code_gpa;
   regs.rflags = 2;
   vcpu->set_regs(regs);
+  const kvm_msr_entry smbase{.index = 0x9e, .reserved = 0, .data = 0};
+  vcpu->set_msrs({&smbase, 1});
+  if ((data[0] & 0x80) != 0) vcpu->smi();
+  if ((data[0] & 0x20) != 0) {
+    kvm_vcpu_events events = vcpu->vcpu_events();
+    events.smi.smm = 1;
+    vcpu->set_vcpu_events(events);
+  }
   return {.vm = std::move(vm), .vcpu = std::move(vcpu)};
 }
 

@@ -227,6 +227,7 @@ void fuzz_root_port(Board& board, Input& input) {
     else
       port.plug(card, what & 1);
     if (what & 2) root.reset();
+    if (what & 0x20) port.ask_to_let_go();
     card.set_intx(what & 4);
     root.ecam_window().write((what >> 3 & 3) << 20 | from.byte(), 4, from.number(4));
   };
