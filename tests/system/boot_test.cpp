@@ -1,5 +1,5 @@
-// Whole systems, unmodified, under the soft accelerator: driven from outside through the command and its
-// serial port.
+// Whole systems, unmodified, under the soft accelerator or the host's: driven from outside through the
+// command and its serial port.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <unistd.h>
@@ -91,8 +91,9 @@ TEST_F(Boot, KernelLogHasNoComplaints) {
 // memtest86+ draws a screen; the number of the running test is at line 4, column 35.
 TEST_F(Boot, MemtestFinishesItsFirstTest) {
   NEEDS_GUEST("memtest");
-  Process process({LODGE_BINARY, "run", "--accel", "soft", "--no-reboot", "--memory", "16M", "--kernel",
-                   guest("memtest") + "/memtest86+x64.bin", "--append", "console=ttyS0,115200 nosmp"});
+  Process process({LODGE_BINARY, "run", "--accel", accelerator(), "--no-reboot", "--memory", "16M",
+                   "--kernel", guest("memtest") + "/memtest86+x64.bin", "--append",
+                   "console=ttyS0,115200 nosmp"});
   ASSERT_TRUE(process.wait_output("Memtest86+", boot_patience)) << process.out() << process.err();
   ASSERT_TRUE(process.wait_output("\x1b[4;35H #0", boot_patience)) << process.out();
   const std::regex later("\x1b\\[4;35H #[1-9]");

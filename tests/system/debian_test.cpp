@@ -16,8 +16,7 @@ namespace {
 
 using testing_support::run;
 
-// What is asked of the system goes to its console, as a person would type it. Shared folders and the balloon
-// have their place here too.
+// What is asked of the system goes to its console, as a person would type it.
 class Debian : public Boot {
  protected:
   static std::string disk() { return guest("debian") + "/debian.qcow2"; }
@@ -62,6 +61,36 @@ class Debian : public Boot {
     ASSERT_TRUE(process.wait_output(fmt::format("mark={}", mark), boot_patience)) << process.out();
   }
 
+  // A folder of the host's, both ways.
+  static void share(Process& process, const std::string& folder) {
+    std::ofstream(folder + "/from-host") << "to the guest\n";
+    type(process,
+         "mkdir -p /shared; mount -t virtiofs tag /shared && cat /shared/from-host; "
+         "echo to the host >/shared/from-guest; umount /shared",
+         301);
+    EXPECT_THAT(process.out(), HasSubstr("\rto the guest\r"));
+    std::string line;
+    std::ifstream file(folder + "/from-guest");
+    std::getline(file, line);
+    EXPECT_EQ(line, "to the host");
+  }
+
+  // The guest's driver says that it does without memory, and that it has it back.
+  static void balloon(const std::string& socket) {
+    const auto inflate = [&](const std::string& size) {
+      const std::string wanted = fmt::format("actual      {} MiB", size);
+      EXPECT_EQ(run(lodge({"ctl", socket, "balloon", size + "M"}), answer_patience).status, 0);
+      std::string shown;
+      for (int i = 0; i < 600 && shown.find(wanted) == std::string::npos; i++) {
+        shown = run(lodge({"ctl", socket, "balloon"}), answer_patience).out;
+        ::usleep(100'000);
+      }
+      EXPECT_THAT(shown, HasSubstr(wanted));
+    };
+    inflate("128");
+    inflate("0");
+  }
+
   // Files come and go on the overlay's file system and on one that is made on the third disk, which is raw:
   // fstrim gives their space back to the host.
   static void trim(Process& process, const std::string& overlay, const std::string& raw) {
@@ -104,9 +133,12 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   const std::string third = directory / "third.raw";
   ASSERT_EQ(run(lodge({"image", "create", "--format", "raw", third, "64M"}), answer_patience).status, 0);
 
-  Process process(
-      lodge({"run", "--accel", "soft", "--memory", "768M", "--forward", fmt::format("{}:22", port), "--disk",
-             volume + ",readonly", "--disk", third, overlay}));
+  const std::string folder = directory / "folder", socket = directory / "socket";
+  std::filesystem::create_directory(folder);
+
+  Process process(lodge({"run", "--accel", accelerator(), "--memory", "768M", "--forward",
+                         fmt::format("{}:22", port), "--disk", volume + ",readonly", "--disk", third,
+                         "--share", folder + ":tag", "--control", socket, overlay}));
   log_in(process);
   type(process, "for i in $(seq 300); do ip -4 -o address | grep 10.0.2.15 && break; sleep 0.2; done", 101);
   type(process, fmt::format("wget -q -O file http://10.0.2.2:{}/file; sha256sum file", server.port()), 102);
@@ -125,6 +157,8 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   EXPECT_THAT(process.out(), HasSubstr("0 loaded units listed")) << process.out();
   log_in_by_ssh(port);
   trim(process, overlay, third);
+  share(process, folder);
+  balloon(socket);
   process.send("poweroff\n");
   EXPECT_EQ(process.wait_exit(boot_patience), 0) << process.out() << process.err();
 
@@ -144,12 +178,15 @@ TEST_F(Debian, CloudInitTakesItsSettings) {
   make_overlay("cloud-init", overlay);
   const uint16_t port = free_port();
   {
-    Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--forward",
+    Process process(lodge({"run", "--accel", accelerator(), "--memory", "768M", "--forward",
                            fmt::format("{}:22", port), "--hostname", "web", "--ssh-key", key, "--run",
                            "echo \"it: ran\" >>/root/ran", "--run", "echo twice >>/root/ran", overlay}));
     log_in(process, "web");
-    type(process, "until [ -e /run/cloud-init/result.json ]; do sleep 0.2; done; cat ran", 201);
-    EXPECT_THAT(process.out(), HasSubstr("it: ran\r\ntwice\r\n"));
+    type(process,
+         "until [ -e /run/cloud-init/result.json ]; do sleep 0.2; done; cat ran; grep -a WARNING "
+         "/var/log/cloud-init.log || echo no complaints",
+         201);
+    EXPECT_THAT(process.out(), HasSubstr("it: ran\r\ntwice\r\nno complaints\r\n"));
     log_in_by_ssh(port, "cloud-init", "web");
     process.send("poweroff\n");
     EXPECT_EQ(process.wait_exit(boot_patience), 0) << process.out() << process.err();
@@ -158,8 +195,8 @@ TEST_F(Debian, CloudInitTakesItsSettings) {
   const std::string user_data = directory / "user-data";
   std::ofstream(user_data)
       << "#cloud-config\nwrite_files: [{path: /root/written, content: \"by cloud-init\\n\"}]\n";
-  Process process(lodge({"run", "--accel", "soft", "--memory", "768M", "--hostname", "other", "--user-data",
-                         user_data, overlay}));
+  Process process(lodge({"run", "--accel", accelerator(), "--memory", "768M", "--hostname", "other",
+                         "--user-data", user_data, overlay}));
   log_in(process, "other");
   type(process, "until [ -e /run/cloud-init/result.json ]; do sleep 0.2; done; cat ran written", 202);
   EXPECT_THAT(process.out(), HasSubstr("it: ran\r\ntwice\r\nby cloud-init\r\n"));

@@ -4,6 +4,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <string>
 #include <vector>
@@ -20,6 +21,13 @@ using testing_support::Seconds;
 inline constexpr Seconds boot_patience(600), answer_patience(60);
 inline constexpr const char* userland = "lodge-guest: userland after";
 
+// What LODGE_TEST_ACCEL says, soft without it. With kvm the program is started under `lodge kvm` where the
+// host's own /dev/kvm boots no kernel: those that it starts see the preload library's.
+inline std::string accelerator() {
+  const char* given = std::getenv("LODGE_TEST_ACCEL");
+  return given != nullptr ? given : "soft";
+}
+
 class Boot : public testing::Test {
  protected:
   // The directory of a guest that scripts/fetch-guests has fetched; skips the test when it is not there.
@@ -31,7 +39,7 @@ class Boot : public testing::Test {
     std::vector<std::string> arguments = {LODGE_BINARY,
                                           "run",
                                           "--accel",
-                                          "soft",
+                                          accelerator(),
                                           "--no-reboot",
                                           "--kernel",
                                           guest(name) + "/vmlinuz",

@@ -9,14 +9,10 @@
 #include <filesystem>
 #include <sstream>
 
-#include "support/process.hpp"
+#include "system/guest.hpp"
 
 namespace lodge {
 namespace {
-
-using testing::HasSubstr;
-using testing_support::Process;
-using testing_support::Seconds;
 
 // For a loaded machine: an idle one needs a tenth of it.
 constexpr Seconds patience(900), lockstep_patience(3500);
@@ -33,9 +29,17 @@ unsigned seconds() {
 
 std::vector<std::string> command(const std::string& initramfs, const std::string& append,
                                  std::vector<std::string> more) {
-  std::vector<std::string> all = {
-      LODGE_BINARY, "run",     "--accel",  "soft", "--no-reboot", "--kernel", guest("cloud") + "/vmlinuz",
-      "--initrd",   initramfs, "--append", append};
+  std::vector<std::string> all = {LODGE_BINARY,
+                                  "run",
+                                  "--accel",
+                                  accelerator(),
+                                  "--no-reboot",
+                                  "--kernel",
+                                  guest("cloud") + "/vmlinuz",
+                                  "--initrd",
+                                  initramfs,
+                                  "--append",
+                                  append};
   all.insert(all.end(), more.begin(), more.end());
   return all;
 }

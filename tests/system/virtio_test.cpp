@@ -211,6 +211,55 @@ TEST_F(Virtio, RootPortLeadsToADisk) {
   EXPECT_THAT(out, HasSubstr("complaints=0"));
 }
 
+// Linux finds what is plugged in, and lets go what shall go; a disk that has gone is whole, and another's.
+TEST_F(Virtio, DevicesComeAndGoWhileTheGuestRuns) {
+  NEEDS_GUEST("cloud");
+  const DiskFile disk(4 << 20);
+  const std::string socket = disk.path + "-socket", other = disk.path + "-other";
+  const auto ctl = [&](std::vector<std::string> words) {
+    words.insert(words.begin(), {LODGE_BINARY, "ctl", socket});
+    const auto result = testing_support::run(words, boot_patience);
+    EXPECT_EQ(result.status, 0) << words[3] << ": " << result.err;
+    return result.out;
+  };
+  ASSERT_EQ(testing_support::run({LODGE_BINARY, "image", "create", other, "4M"}, answer_patience).status, 0);
+  Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell",
+                          {"--control", socket, "--hotplug", "3", "--disk", disk.path + ",readonly", "--net",
+                           "user", "--device", "virtio-rng,bus=hotplug3"}));
+  ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience)) << process.err();
+  EXPECT_EQ(ctl({"add-disk", other + ",id=data"}), "hotplug1\n");
+  EXPECT_EQ(ctl({"add-network", "user"}), "hotplug2\n");
+  process.send(
+      "until [ -b /dev/vdb -a -d /sys/class/net/eth1 ]; do sleep 0.1; done; cat /dev/vda >/dev/vdb; sync; "
+      "cat /sys/class/net/eth*/address | sort | uniq | wc -l; ifconfig eth0 down; "
+      "ifconfig eth1 10.0.2.15 up; ping -c 1 10.0.2.2 | grep loss; dmesg | grep pciehp; echo "
+      "plugged=$((40+2))\n");
+  ASSERT_TRUE(process.wait_output("plugged=42", boot_patience)) << process.out();
+  EXPECT_THAT(process.out(), HasSubstr("\n2\r")) << "two addresses";
+  EXPECT_THAT(process.out(), HasSubstr(" 0% packet loss"));
+  // Linux gives who has pressed a slot's button some seconds to think again: all three at once.
+  for (const char* slot : {"hotplug2", "hotplug3"})
+    ctl({"qmp", "device_del", fmt::format(R"({{"id": "{}"}})", slot)});
+  ctl({"remove", "data"});
+  for (int i = 0; i < 600 && ctl({"slots"}).find("virtio") != std::string::npos; i++) ::usleep(100'000);
+  EXPECT_EQ(ctl({"slots"}), "hotplug1  empty\nhotplug2  empty\nhotplug3  empty\n");
+  const auto compare = testing_support::run(
+      {LODGE_BINARY, "image", "convert", "--format", "raw", other, other + ".raw"}, answer_patience);
+  EXPECT_EQ(compare.status, 0) << compare.err;
+  const auto sum = testing_support::run({"/usr/bin/sha256sum", other + ".raw"}, answer_patience);
+  EXPECT_THAT(sum.out, HasSubstr(disk.sha256()));
+  // And again, in a slot that was used.
+  EXPECT_EQ(ctl({"add-disk", other}), "hotplug1\n");
+  process.send(
+      "until [ -b /dev/vdb ]; do sleep 0.1; done; sha256sum /dev/vdb; ls /sys/class/net; "
+      "echo again=$((40+2)); poweroff -f\n");
+  EXPECT_TRUE(process.wait_output("again=42", boot_patience)) << process.out();
+  EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
+  EXPECT_THAT(process.out(), HasSubstr(disk.sha256() + "  /dev/vdb"));
+  EXPECT_THAT(process.out(), testing::Not(HasSubstr("eth1\r\n")));
+  for (const std::string& file : {other, other + ".raw"}) std::filesystem::remove(file);
+}
+
 // Drivers before VirtIO 1.0: registers in ports, one block for each split queue, with and without MSI-X.
 TEST_F(Virtio, LegacyDriversUseADisk) {
   NEEDS_GUEST("cloud");
@@ -297,10 +346,10 @@ TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
   process.send("rm /tmp/a; echo freed=$((1+2))\n");
   ASSERT_TRUE(process.wait_output("freed=3", boot_patience)) << process.out();
   // Linux reports after two seconds, a part at a time; how fast is a matter of the guest's clock and of the
-  // load here.
+  // load here. It reports whole free pieces of 2 MiB only: 46 of the file's 300 MiB were not seen to come.
   long freed = filled;
-  for (int i = 0; i < 600 && (freed = held_by(process.pid())) > filled - 270; i++) ::usleep(100'000);
-  EXPECT_LE(freed, filled - 270) << "of " << filled << " MiB";
+  for (int i = 0; i < 600 && (freed = held_by(process.pid())) > filled - 240; i++) ::usleep(100'000);
+  EXPECT_LE(freed, filled - 240) << "of " << filled << " MiB";
   process.send("poweroff -f\n");
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
 
