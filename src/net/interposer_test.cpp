@@ -9,6 +9,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
+#include "base/fd.hpp"
 #include "net/testing.hpp"
 
 namespace lodge::net {
