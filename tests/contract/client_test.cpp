@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <cstring>
-#include <system_error>
 
 #include "base/mapping.hpp"
 #include "harness.hpp"
@@ -12,19 +11,6 @@ namespace lodge::contract {
 namespace {
 
 CONTRACT_SUITE(Client);
-
-int refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
-}
-
-void needs_capability(Contract& test, uint32_t capability, const char* name) {
-  if (test.system().check_extension(capability) == 0) throw Unable(std::string("no ") + name);
-}
 
 CONTRACT_TEST(Client, AnotherMappingOfTheSharedStructureIsTheSame) {
   auto guest = test.guest();
@@ -40,7 +26,7 @@ CONTRACT_TEST(Client, AnotherMappingOfTheSharedStructureIsTheSame) {
 
 GUEST_CODE(add_and_tell, 64, "add $1, %rax; out %al, $0x90; add $1, %rax; out %al, $0xe0");
 CONTRACT_TEST(Client, RegistersComeAndGoInTheSharedStructure) {
-  needs_capability(test, KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS");
+  test.needs_capability(KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS");
   auto guest = test.guest();
   guest->load(add_and_tell);
   guest->enter(Mode::long64);
@@ -59,7 +45,7 @@ CONTRACT_TEST(Client, RegistersComeAndGoInTheSharedStructure) {
 }
 
 CONTRACT_TEST(Client, UnknownSharedRegistersAreRefused) {
-  needs_capability(test, KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS");
+  test.needs_capability(KVM_CAP_SYNC_REGS, "KVM_CAP_SYNC_REGS");
   auto guest = test.guest();
   guest->enter(Mode::long64);
   guest->vcpu().shared().kvm_valid_regs = uint64_t{1} << 40;
@@ -99,7 +85,7 @@ uint64_t read_msr(kvm::Vcpu& vcpu, uint32_t index) {
 }
 
 CONTRACT_TEST(Client, MachineCheckBanksAreTheVmmsToSetUp) {
-  needs_capability(test, KVM_CAP_MCE, "KVM_CAP_MCE");
+  test.needs_capability(KVM_CAP_MCE, "KVM_CAP_MCE");
   auto guest = test.guest();
   kvm::Vcpu& vcpu = guest->vcpu();
   const uint64_t ctl_p = uint64_t{1} << 8;
@@ -115,7 +101,7 @@ CONTRACT_TEST(Client, MachineCheckBanksAreTheVmmsToSetUp) {
 
 GUEST_CODE(spin, 64, "1: jmp 1b");
 CONTRACT_TEST(Client, AnUncorrectedErrorIsAMachineCheck) {
-  needs_capability(test, KVM_CAP_MCE, "KVM_CAP_MCE");
+  test.needs_capability(KVM_CAP_MCE, "KVM_CAP_MCE");
   auto guest = test.guest();
   guest->load(spin);
   guest->enter(Mode::long64);
@@ -138,7 +124,7 @@ CONTRACT_TEST(Client, AnUncorrectedErrorIsAMachineCheck) {
 
 CONTRACT_TEST(Client, AMachineCheckThatCannotBeTakenShutsDown) {
   if (!test.soft()) throw Unable("this /dev/kvm runs on");  // kvm_pvm, measured
-  needs_capability(test, KVM_CAP_MCE, "KVM_CAP_MCE");
+  test.needs_capability(KVM_CAP_MCE, "KVM_CAP_MCE");
   auto guest = test.guest();
   guest->load(spin);
   guest->enter(Mode::long64);
@@ -151,7 +137,7 @@ CONTRACT_TEST(Client, AMachineCheckThatCannotBeTakenShutsDown) {
 }
 
 CONTRACT_TEST(Client, TheBootProcessorCanBeAnother) {
-  needs_capability(test, KVM_CAP_SET_BOOT_CPU_ID, "KVM_CAP_SET_BOOT_CPU_ID");
+  test.needs_capability(KVM_CAP_SET_BOOT_CPU_ID, "KVM_CAP_SET_BOOT_CPU_ID");
   // One vCPU each, which is as many as the lockstep engine has.
   constexpr uint64_t bsp = 1 << 8;
   for (const unsigned id : {0u, 1u}) {

@@ -35,9 +35,8 @@ class Ring {
 };
 
 std::unique_ptr<Guest> started(Contract& test, std::span<const uint8_t> code) {
-  if (test.system().check_extension(KVM_CAP_COALESCED_MMIO) == 0 ||
-      test.system().check_extension(KVM_CAP_COALESCED_PIO) == 0)
-    throw Unable("no coalesced I/O");
+  test.needs_capability(KVM_CAP_COALESCED_MMIO, "coalesced I/O");
+  test.needs_capability(KVM_CAP_COALESCED_PIO, "coalesced I/O");
   auto guest = test.guest();
   guest->load(code);
   guest->enter(Mode::long64);

@@ -85,7 +85,7 @@ GUEST_CODE(resample_wait, 64,
            PICS_OFF APIC IOAPIC_WRITE(0x25, 0)
                IOAPIC_WRITE(0x24, 0x8040) "out %al, $0xe0; sti; 1: cmpl $1, 0x40000; jb 1b; out %al, $0xe0");
 CONTRACT_TEST(Events, AResamplingIrqfdLowersTheLineAtTheEoi) {
-  if (test.system().check_extension(KVM_CAP_IRQFD_RESAMPLE) == 0) throw Unable("no KVM_CAP_IRQFD_RESAMPLE");
+  test.needs_capability(KVM_CAP_IRQFD_RESAMPLE, "KVM_CAP_IRQFD_RESAMPLE");
   auto guest = started(test, resample_wait);
   guest->set_gate(0x40, code64, handler);
   guest->finish();

@@ -91,11 +91,24 @@ void Contract::deviates(const std::string& what) {
   throw std::runtime_error(what);
 }
 
+void Contract::needs_capability(uint32_t capability, const char* name) {
+  if (system_->check_extension(capability) == 0) throw Unable(std::string("no ") + name);
+}
+
 void Contract::needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, unsigned bit,
                            const char* name) {
   for (const auto& leaf : system_->supported_cpuid())
     if (leaf.function == function && leaf.index == 0 && (leaf.*reg >> bit & 1) != 0) return;
   throw Unable(std::string("this accelerator's CPUID offers no ") + name);
+}
+
+int refusal(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::system_error& error) {
+    return error.code().value();
+  }
+  return 0;
 }
 
 Guest::Guest(kvm::System& system, const std::string& accelerator, const GuestConfig& config)

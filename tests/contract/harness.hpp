@@ -170,6 +170,8 @@ class Contract : public ::testing::TestWithParam<Accelerator> {
   // For a result that contradicts the manuals: fails the test, or throws Unable with `what` on a /dev/kvm
   // that the probe has measured to emulate kernel code, whose emulator then is what deviates.
   void deviates(const std::string& what);
+  // Throws Unable where the accelerator does not have the capability (KVM_CHECK_EXTENSION says 0).
+  void needs_capability(uint32_t capability, const char* name);
   // Throws Unable where the accelerator's CPUID does not offer the feature.
   void needs_cpuid(uint32_t function, uint32_t kvm_cpuid_entry2::*reg, unsigned bit, const char* name);
 
@@ -179,6 +181,9 @@ class Contract : public ::testing::TestWithParam<Accelerator> {
  private:
   std::unique_ptr<kvm::System> system_;
 };
+
+// The errno that `call` throws, or 0.
+int refusal(const std::function<void()>& call);
 
 inline std::string accelerator_name(const ::testing::TestParamInfo<Accelerator>& info) {
   return info.param.name;

@@ -230,7 +230,7 @@ GUEST_CODE(
     "movl $0x40050, 0x320(%rbp); rdtsc; shl $32, %rdx; or %rdx, %rax; add $1000000, %rax; mov %rax, %rdx;"
     "shr $32, %rdx; mov %rax, %rbx; mov $0x6e0, %ecx; wrmsr;" WAIT);
 CONTRACT_TEST(Lapic, TheTscDeadlineTimerFiresAtItsTime) {
-  if (test.system().check_extension(KVM_CAP_TSC_DEADLINE_TIMER) == 0) throw Unable("no TSC-deadline timer");
+  test.needs_capability(KVM_CAP_TSC_DEADLINE_TIMER, "TSC-deadline timer");
   auto guest = test.guest({.irqchip = Irqchip::full});
   // KVM leaves this CPUID bit to the VMM.
   auto cpuid = guest->vcpu().cpuid2();
@@ -247,7 +247,7 @@ CONTRACT_TEST(Lapic, TheTscDeadlineTimerFiresAtItsTime) {
 
 GUEST_CODE(timer_restored, 64, APIC "movl $0x40050, 0x320(%rbp); out %al, $0xe0; sti; 1: jmp 1b");
 CONTRACT_TEST(Lapic, ADeadlineThatTheVmmSetsFires) {
-  if (test.system().check_extension(KVM_CAP_TSC_DEADLINE_TIMER) == 0) throw Unable("no TSC-deadline timer");
+  test.needs_capability(KVM_CAP_TSC_DEADLINE_TIMER, "TSC-deadline timer");
   auto guest = started(test, timer_restored);
   auto cpuid = guest->vcpu().cpuid2();
   for (auto& leaf : cpuid)

@@ -18,27 +18,11 @@ CONTRACT_SUITE(Settings);
 constexpr uint32_t lstar = 0xc0000082, sfmask = 0xc0000084, nowhere = 0x474f4f00;
 constexpr uint32_t platform_info = 0xce, misc_features = 0x140;
 
-void needs_cap(Contract& test, uint32_t capability, const char* name) {
-  if (test.system().check_extension(capability) == 0) throw Unable(std::string("no ") + name);
-}
-#define NEEDS_CAP(capability) needs_cap(test, capability, #capability)
-
 void enable(kvm::Vm& vm, uint32_t capability, uint64_t argument) {
   kvm_enable_cap cap{};
   cap.cap = capability;
   cap.args[0] = argument;
   vm.enable_cap(cap);
-}
-
-// The errno that `call` throws, or 0.
-template <class Call>
-int refusal(Call call) {
-  try {
-    call();
-    return 0;
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
 }
 
 // Denies one MSR and allows all others.
@@ -50,8 +34,8 @@ kvm_msr_filter deny(uint32_t index, uint32_t directions) {
 }
 
 std::unique_ptr<Guest> guest_with_msr_exits(Contract& test, std::span<const uint8_t> code, uint64_t reasons) {
-  NEEDS_CAP(KVM_CAP_X86_USER_SPACE_MSR);
-  NEEDS_CAP(KVM_CAP_X86_MSR_FILTER);
+  test.needs_capability(KVM_CAP_X86_USER_SPACE_MSR, "KVM_CAP_X86_USER_SPACE_MSR");
+  test.needs_capability(KVM_CAP_X86_MSR_FILTER, "KVM_CAP_X86_MSR_FILTER");
   auto guest = test.guest();
   guest->load(code);
   guest->enter(Mode::long64);
@@ -149,7 +133,7 @@ CONTRACT_TEST(Settings, BadFiltersAndReasonsAreRefused) {
 
 GUEST_CODE(settings_platform, 64, "mov $0xce, %ecx; rdmsr; mov %eax, %ebx; out %al, $0xe0");
 CONTRACT_TEST(Settings, PlatformInfoIsWhatTheVmmSaysOrHidden) {
-  NEEDS_CAP(KVM_CAP_MSR_PLATFORM_INFO);
+  test.needs_capability(KVM_CAP_MSR_PLATFORM_INFO, "KVM_CAP_MSR_PLATFORM_INFO");
   auto guest = test.guest();
   guest->load(settings_platform);
   guest->enter(Mode::long64);
@@ -211,7 +195,7 @@ CONTRACT_TEST(Settings, AForeignHypercallIsReplacedUnlessTheQuirkIsOff) {
 }
 
 CONTRACT_TEST(Settings, TheBusClockIsSetBeforeTheFirstVcpu) {
-  NEEDS_CAP(kvm::cap_apic_bus_cycles_ns);
+  test.needs_capability(kvm::cap_apic_bus_cycles_ns, "KVM_CAP_X86_APIC_BUS_CYCLES_NS");
   constexpr uint64_t period = 1000;
   auto vm = test.system().create_vm();
   EXPECT_EQ(refusal([&] { enable(*vm, kvm::cap_apic_bus_cycles_ns, period); }), ENXIO) << "no LAPICs";
@@ -247,7 +231,7 @@ CONTRACT_TEST(Settings, TheBusClockIsSetBeforeTheFirstVcpu) {
 
 GUEST_CODE(settings_tsc, 64, "rdtsc; shl $32, %rdx; or %rdx, %rax; mov %rax, %rbx; out %al, $0xe0");
 CONTRACT_TEST(Settings, TheTscHasTheOffsetThatTheVmmGives) {
-  NEEDS_CAP(KVM_CAP_VCPU_ATTRIBUTES);
+  test.needs_capability(KVM_CAP_VCPU_ATTRIBUTES, "KVM_CAP_VCPU_ATTRIBUTES");
   for (const uint64_t offset : {uint64_t{0}, uint64_t{1} << 40, -(uint64_t{1} << 38)}) {
     auto guest = test.guest();
     guest->load(settings_tsc);
@@ -264,7 +248,7 @@ CONTRACT_TEST(Settings, TheTscHasTheOffsetThatTheVmmGives) {
 }
 
 CONTRACT_TEST(Settings, MemoryIsMadePresentAsFarAsThereIsAny) {
-  NEEDS_CAP(kvm::cap_pre_fault_memory);
+  test.needs_capability(kvm::cap_pre_fault_memory, "KVM_CAP_PRE_FAULT_MEMORY");
   auto guest = test.guest({.ram = 4 << 20});
   uint64_t gpa = 0x200000;
   uint64_t size = 0x100000;
@@ -305,7 +289,7 @@ uint64_t counter(int fd, const char* name) {
 
 GUEST_CODE(settings_exits, 64, "out %al, $0x10; out %al, $0x10; out %al, $0xe0");
 CONTRACT_TEST(Settings, CountersAreReadFromAFileThatOutlivesTheVm) {
-  NEEDS_CAP(KVM_CAP_BINARY_STATS_FD);
+  test.needs_capability(KVM_CAP_BINARY_STATS_FD, "KVM_CAP_BINARY_STATS_FD");
   auto guest = test.guest();
   guest->load(settings_exits);
   guest->enter(Mode::long64);

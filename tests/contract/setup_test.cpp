@@ -3,7 +3,6 @@
 #include <linux/kvm_para.h>
 
 #include <algorithm>
-#include <system_error>
 
 #include "harness.hpp"
 
@@ -11,19 +10,6 @@ namespace lodge::contract {
 namespace {
 
 CONTRACT_SUITE(Setup);
-
-int refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
-}
-
-void needs_capability(Contract& test, uint32_t capability, const char* name) {
-  if (test.system().check_extension(capability) == 0) throw Unable(std::string("no ") + name);
-}
 
 kvm_enable_cap capability(uint32_t number, uint64_t argument) {
   kvm_enable_cap cap{};
@@ -50,7 +36,7 @@ CONTRACT_TEST(Setup, VcpuIdsEndWhereTheVmmHasSaid) {
 }
 
 CONTRACT_TEST(Setup, TheBootProcessorIsOneThatCanBe) {
-  needs_capability(test, KVM_CAP_SET_BOOT_CPU_ID, "KVM_CAP_SET_BOOT_CPU_ID");
+  test.needs_capability(KVM_CAP_SET_BOOT_CPU_ID, "KVM_CAP_SET_BOOT_CPU_ID");
   auto vm = test.system().create_vm();
   const auto highest = static_cast<uint32_t>(vm->check_extension(KVM_CAP_MAX_VCPU_ID));
   EXPECT_EQ(refusal([&] { vm->set_boot_cpu_id(highest + 1); }), EINVAL);
@@ -142,7 +128,7 @@ CONTRACT_TEST(Setup, HwcrKeepsTwoBitsAndTakesThreeMore) {
 GUEST_CODE(write_bank_status, 64,
            "mov $0x401, %ecx; mov $5, %eax; xor %edx, %edx; wrmsr; rdmsr; out %al, $0xe0");
 CONTRACT_TEST(Setup, HwcrLetsAmdsGuestsWriteWhatABankSays) {
-  needs_capability(test, KVM_CAP_MCE, "KVM_CAP_MCE");
+  test.needs_capability(KVM_CAP_MCE, "KVM_CAP_MCE");
   for (const bool allowed : {false, true}) {
     auto guest = test.guest();
     auto cpuid = guest->vcpu().cpuid2();

@@ -2,7 +2,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <system_error>
 
 #include "harness.hpp"
 
@@ -23,15 +22,6 @@ void set_slot(Guest& guest, uint32_t slot, uint64_t gpa, const Mapping& memory, 
 void remove_slot(Guest& guest, uint32_t slot, uint64_t gpa) {
   guest.vm().set_user_memory_region(
       {.slot = slot, .flags = 0, .guest_phys_addr = gpa, .memory_size = 0, .userspace_addr = 0});
-}
-
-int refusal(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::system_error& error) {
-    return error.code().value();
-  }
-  return 0;
 }
 
 CONTRACT_TEST(Slots, OverlappingSlotsAreRefused) {
@@ -265,8 +255,7 @@ CONTRACT_TEST(Slots, ReadingTheDirtyLogClearsItAndLaterWritesAreSeen) {
 }
 
 CONTRACT_TEST(Slots, WithManualProtectOnlyClearingClears) {
-  if (test.system().check_extension(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) == 0)
-    throw Unable("no KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2");
+  test.needs_capability(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2");
   const auto memory = Mapping::anonymous(0x80000);
   auto guest = test.guest();
   kvm_enable_cap cap{};

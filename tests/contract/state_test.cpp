@@ -83,7 +83,7 @@ CONTRACT_TEST(State, ImpossibleControlRegistersAreRefused) {
 }
 
 CONTRACT_TEST(State, SystemRegistersTwoRoundTrip) {
-  if (test.system().check_extension(KVM_CAP_SREGS2) == 0) throw Unable("no KVM_CAP_SREGS2");
+  test.needs_capability(KVM_CAP_SREGS2, "KVM_CAP_SREGS2");
   auto guest = test.guest();
   guest->enter(Mode::long64);
   auto sregs = guest->vcpu().sregs2();
@@ -131,7 +131,7 @@ CONTRACT_TEST(State, TheGuestSavesAndRestoresTheFpuItWasGiven) {
 }
 
 CONTRACT_TEST(State, ExtendedStateRoundTrips) {
-  if (test.system().check_extension(KVM_CAP_XSAVE) == 0) throw Unable("no KVM_CAP_XSAVE");
+  test.needs_capability(KVM_CAP_XSAVE, "KVM_CAP_XSAVE");
   auto guest = test.guest();
   kvm_xsave area = guest->vcpu().xsave();
   area.region[512 / 4] |= 3;  // XSTATE_BV: x87 and SSE
@@ -147,7 +147,7 @@ CONTRACT_TEST(State, ExtendedStateRoundTrips) {
 }
 
 CONTRACT_TEST(State, ExtendedControlRegistersRoundTrip) {
-  if (test.system().check_extension(KVM_CAP_XCRS) == 0) throw Unable("no KVM_CAP_XCRS");
+  test.needs_capability(KVM_CAP_XCRS, "KVM_CAP_XCRS");
   test.needs_cpuid(1, &kvm_cpuid_entry2::ecx, 26, "XSAVE");
   auto guest = test.guest();
   kvm_xcrs xcrs = guest->vcpu().xcrs();

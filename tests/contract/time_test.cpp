@@ -120,7 +120,7 @@ CONTRACT_TEST(Time, TscsThatAreWrittenOneAfterTheOtherStayOne) {
 }
 
 CONTRACT_TEST(Time, VcpusOfOneFrequencyHaveOneTsc) {
-  if (test.system().check_extension(KVM_CAP_TSC_CONTROL) == 0) throw Unable("no KVM_CAP_TSC_CONTROL");
+  test.needs_capability(KVM_CAP_TSC_CONTROL, "KVM_CAP_TSC_CONTROL");
   auto guest = test.guest({.vcpus = 2});
   const uint32_t khz = guest->vcpu().tsc_khz() / 2;
   for (unsigned index = 0; index < 2; ++index) {
