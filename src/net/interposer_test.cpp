@@ -109,8 +109,8 @@ TEST(Capture, LeavesFilesAloneUntilTheMachineStarts) {
   ::unlink(path.c_str());
 }
 
-// A file that takes nothing (a pipe without a reader's help) does not stop the packets. The pipe has no name of its own:
-// not every file system gives one.
+// A file that takes nothing (a pipe without a reader's help) does not stop the packets. The pipe has no name
+// of its own: not every file system gives one.
 TEST(Capture, NeverWaitsForItsFile) {
   int ends[2];
   ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0) << std::strerror(errno);
