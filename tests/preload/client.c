@@ -224,6 +224,35 @@ static void test_kick(void) {
   }
 }
 
+// Signals that cannot be blocked while the vCPU runs end it like any other: the accelerator's own alarm, and what is
+// otherwise a fault.
+struct sent {
+  pthread_t thread;
+  int number;
+};
+static void* send_number(void* what) {
+  const struct sent* const sent = what;
+  usleep(20000);
+  CHECK(pthread_kill(sent->thread, sent->number) == 0);
+  return NULL;
+}
+static void test_unblocked(void) {
+  make_machine(spins, sizeof spins);
+  const int numbers[] = {SIGRTMIN + 6, SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
+  const struct sigaction action = {.sa_handler = on_signal};
+  int round = 0;
+  for (size_t i = 0; i < sizeof numbers / sizeof *numbers; ++i) {
+    CHECK(sigaction(numbers[i], &action, NULL) == 0);
+    for (int again = 0; again < 2; ++again) {
+      struct sent sent = {pthread_self(), numbers[i]};
+      pthread_t other;
+      CHECK(pthread_create(&other, NULL, send_number, &sent) == 0);
+      CHECK(ioctl(vcpu, KVM_RUN, 0) == -1 && errno == EINTR);
+      CHECK(handled == ++round && pthread_join(other, NULL) == 0);
+    }
+  }
+}
+
 // A thread that may be cancelled anywhere is cancelled in the middle of the guest, and its vCPU can be used again.
 static void* run_and_wait(void* unused) {
   (void)unused;
@@ -446,6 +475,7 @@ static const struct {
              {"mask", test_mask},
              {"immediate", test_immediate},
              {"kick", test_kick},
+             {"unblocked", test_unblocked},
              {"cancel", test_cancel},
              {"cancel_later", test_cancel_later},
              {"arguments", test_arguments},

@@ -33,8 +33,8 @@ TEST_P(Preload, ClientIsServedByTheInterpreter) {
 
 INSTANTIATE_TEST_SUITE_P(All, Preload,
                          testing::Values("run", "descriptors", "fork", "writes", "signal", "mask",
-                                         "immediate", "kick", "cancel", "cancel_later", "arguments", "leaks",
-                                         "coalesced", "uring"),
+                                         "immediate", "kick", "unblocked", "cancel", "cancel_later",
+                                         "arguments", "leaks", "coalesced", "uring"),
                          [](const auto& test) { return std::string(test.param); });
 
 TEST(KvmCheck, AcceptsADynamicallyLinkedProgram) {

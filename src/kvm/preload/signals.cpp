@@ -12,6 +12,7 @@
 
 #include "base/error.hpp"
 #include "kvm/preload/real.hpp"
+#include "kvm/soft/thread_alarm.hpp"
 
 namespace lodge::kvm::preload {
 namespace {
@@ -27,10 +28,8 @@ constexpr uint64_t faults =
 // The soft accelerator answers these itself and hands what is not its own to the wrapper, whoever comes
 // first.
 constexpr std::array accelerators = {SIGSEGV, SIGBUS, SIGFPE};
-// Of the threads library, and the soft accelerator's alarm.
-uint64_t never_blocked() noexcept {
-  return faults | bit(32) | bit(33) | bit(SIGRTMIN + 6);
-}
+// And those of the threads library.
+constexpr uint64_t never_blocked = faults | bit(32) | bit(33);
 
 bool is_fault(int number, const siginfo_t& info) noexcept {
   return (faults & bit(number)) != 0 && info.si_code > 0;
@@ -185,7 +184,7 @@ SignalsWhileRunning::SignalsWhileRunning(Vcpu& vcpu, const std::optional<uint64_
   running = this;
   if (!mask) return;
   // From here on a signal may come that the thread's own mask holds back: it is postponed to that mask.
-  const uint64_t wanted = *mask & ~never_blocked();
+  const uint64_t wanted = *mask & ~(never_blocked | bit(soft::ThreadAlarm::signal()));
   uint64_t before = 0;
   ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, nullptr, &before, sizeof before);
   before_ = before;
@@ -195,20 +194,26 @@ SignalsWhileRunning::SignalsWhileRunning(Vcpu& vcpu, const std::optional<uint64_
 
 SignalsWhileRunning::~SignalsWhileRunning() {
   running = outer_;
-  if (!restore_) return;
-  const uint64_t before = before_;
-  ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, nullptr, sizeof before);
+  if (restore_) {
+    const uint64_t before = before_;
+    ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, nullptr, sizeof before);
+  }
+  for (uint64_t held = held_; held != 0; held &= held - 1) ::raise(std::countr_zero(held) + 1);
 }
 
 bool SignalsWhileRunning::postpone(int number, siginfo_t* info, uint64_t& mask_on_return) noexcept {
+  vcpu_.kick();
+  if ((never_blocked & bit(number)) != 0) {
+    held_ = held_ | bit(number);
+    return true;
+  }
   // The signal is blocked while its handler runs, so it stays in the queue.
   if (::syscall(SYS_rt_tgsigqueueinfo, ::getpid(), ::syscall(SYS_gettid), number, info) != 0) return false;
   if (!restore_) {
     before_ = mask_on_return;
     restore_ = true;
   }
-  mask_on_return = ~never_blocked();
-  vcpu_.kick();
+  mask_on_return = ~never_blocked;
   return true;
 }
 

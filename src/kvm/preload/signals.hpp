@@ -4,8 +4,8 @@
 // is user-space code in the client's thread, which a handler would interrupt in the middle, on whatever
 // stack, and nothing would make the guest stop. So the client's handlers are wrapped: during KVM_RUN the
 // wrapper kicks the vCPU, puts the signal back into the thread's queue and blocks all signals; when KVM_RUN
-// has returned the mask becomes what it was, and the signal is taken like any other. Outside of KVM_RUN the
-// wrapper calls the handler.
+// has returned the mask becomes what it was, and the signal is taken like any other. Those of faults, which
+// cannot be blocked, are only noted and sent anew then. Outside of KVM_RUN the wrapper calls the handler.
 #pragma once
 
 #include <signal.h>
@@ -33,7 +33,7 @@ class SignalsWhileRunning {
   SignalsWhileRunning(const SignalsWhileRunning&) = delete;
   SignalsWhileRunning& operator=(const SignalsWhileRunning&) = delete;
 
-  // For the handler: the signal waits until KVM_RUN has returned. False: it cannot be put back.
+  // For the handler: KVM_RUN ends, and the signal waits until it has returned. False: it cannot be put back.
   bool postpone(int number, siginfo_t* info, uint64_t& mask_on_return) noexcept;
 
  private:
@@ -42,6 +42,7 @@ class SignalsWhileRunning {
   // Only this thread and its handlers see these.
   volatile bool restore_ = false;
   volatile uint64_t before_ = 0;  // the thread's mask, when restore_ is set
+  volatile uint64_t held_ = 0;    // signals to be sent anew
 };
 
 }  // namespace lodge::kvm::preload

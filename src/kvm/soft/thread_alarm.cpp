@@ -13,11 +13,6 @@ namespace {
 thread_local const std::function<void()>* volatile receiver = nullptr;
 thread_local volatile uint32_t missed_alarms = 0;
 
-// The host accelerator has the fifth.
-int alarm_signal() noexcept {
-  return SIGRTMIN + 6;
-}
-
 void on_alarm(int) noexcept {
   const int saved_errno = errno;
   if (const std::function<void()>* ring = receiver; ring != nullptr)
@@ -29,12 +24,12 @@ void on_alarm(int) noexcept {
 
 bool install_handler() noexcept {
   struct sigaction action {};
-  if (::sigaction(alarm_signal(), nullptr, &action) != 0) return false;
+  if (::sigaction(ThreadAlarm::signal(), nullptr, &action) != 0) return false;
   if ((action.sa_flags & SA_SIGINFO) != 0 || action.sa_handler != SIG_DFL) return false;
   action.sa_handler = on_alarm;
   action.sa_flags = SA_RESTART | SA_ONSTACK;
   ::sigemptyset(&action.sa_mask);
-  return ::sigaction(alarm_signal(), &action, nullptr) == 0;
+  return ::sigaction(ThreadAlarm::signal(), &action, nullptr) == 0;
 }
 
 }  // namespace
@@ -47,19 +42,24 @@ constexpr bool signals_arrive = false;
 constexpr bool signals_arrive = true;
 #endif
 
+// The host accelerator has the fifth.
+int ThreadAlarm::signal() noexcept {
+  return SIGRTMIN + 6;
+}
+
 std::unique_ptr<ThreadAlarm> ThreadAlarm::create() noexcept {
   if (!signals_arrive) return nullptr;
   static const bool installed = install_handler();
   if (!installed) return nullptr;
   sigevent event{};
   event.sigev_notify = SIGEV_THREAD_ID;
-  event.sigev_signo = alarm_signal();
+  event.sigev_signo = signal();
   event._sigev_un._tid = static_cast<pid_t>(::syscall(SYS_gettid));
   timer_t timer{};
   if (::timer_create(CLOCK_MONOTONIC, &event, &timer) != 0) return nullptr;
   sigset_t set;
   ::sigemptyset(&set);
-  ::sigaddset(&set, alarm_signal());
+  ::sigaddset(&set, signal());
   ::pthread_sigmask(SIG_UNBLOCK, &set, nullptr);
   return std::unique_ptr<ThreadAlarm>(new ThreadAlarm(timer));
 }

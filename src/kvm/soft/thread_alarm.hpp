@@ -16,6 +16,7 @@ namespace lodge::kvm::soft {
 
 class ThreadAlarm {
  public:
+  static int signal() noexcept;
   // For the calling thread, whose mask is changed to let the signal through. Null where the host grants no
   // timer, or where the process uses the signal for something else.
   static std::unique_ptr<ThreadAlarm> create() noexcept;
