@@ -28,6 +28,7 @@
 #include "device/virtio/mmio.hpp"
 #include "device/watchdog.hpp"
 #include "input.hpp"
+#include "machine.hpp"
 #include "machine/bus.hpp"
 #include "machine/layout.hpp"
 
@@ -36,26 +37,7 @@ namespace {
 using namespace lodge;
 namespace layout = machine::layout;
 
-class Input : public fuzz::Bytes {
- public:
-  using Bytes::Bytes;
-  uint64_t number(unsigned bytes) {
-    uint64_t value = 0;
-    for (unsigned i = 0; i < bytes; i++) value |= uint64_t{byte()} << (i * 8);
-    return value;
-  }
-};
-
-class Line final : public machine::Interrupt {
- public:
-  void set(bool) noexcept override {}
-};
-
-class NoPower final : public machine::Power {
- public:
-  void request(machine::PowerRequest) noexcept override {}
-  void exit_with(int) noexcept override {}
-};
+using Input = fuzz::Bytes;
 
 // A back end that takes only some of what it is offered.
 class Backend final : public device::CharBackend {
@@ -71,9 +53,9 @@ struct Board {
   machine::GuestMemory& ram;
   explicit Board(machine::GuestMemory& memory_of_guest) : ram(memory_of_guest) {}
   FakeClock clock;
-  NoPower power;
+  fuzz::NoPower power;
   Backend backend;
-  std::deque<Line> lines{24};
+  std::deque<fuzz::Line> lines{24};
   std::function<machine::Interrupt&(unsigned)> line = [this](unsigned gsi) -> machine::Interrupt& {
     return lines.at(gsi);
   };

@@ -24,6 +24,7 @@
 #include "device/virtio/entropy.hpp"
 #include "device/virtio/pci.hpp"
 #include "input.hpp"
+#include "machine.hpp"
 #include "machine/bus.hpp"
 #include "machine/layout.hpp"
 
@@ -37,27 +38,7 @@ namespace virtio = device::virtio;
 constexpr unsigned slots = 2, command = 4, first_bar = 0x10, modern_bar = 4, express_capability = 0x10,
                    power_off = 0x400;
 
-class Input : public fuzz::Bytes {
- public:
-  using Bytes::Bytes;
-  uint64_t number(unsigned bytes) {
-    uint64_t value = 0;
-    for (unsigned i = 0; i < bytes; i++) value |= uint64_t{byte()} << (i * 8);
-    return value;
-  }
-};
-
-class Line final : public machine::Interrupt {
- public:
-  void set(bool level) noexcept override { high = level; }
-  bool high = false;
-};
-
-class NoPower final : public machine::Power {
- public:
-  void request(machine::PowerRequest) noexcept override {}
-  void exit_with(int) noexcept override {}
-};
+using Input = fuzz::Bytes;
 
 // Takes messages and doorbells, and knows which doorbells there are.
 class Platform final : public machine::MsiTarget, public machine::Doorbells {
@@ -322,10 +303,10 @@ class Machine {
   machine::GuestMemory& ram_;
   Input& input_;
   machine::Bus ports_{"port", 0x10000}, memory_{"memory", uint64_t{1} << 52};
-  NoPower power_;
+  fuzz::NoPower power_;
   device::ResetControl reset_{power_};
   Platform platform_;
-  std::deque<Line> lines_{24};
+  std::deque<fuzz::Line> lines_{24};
   std::array<pci::RootPort, slots> ports_of_root_{pci::RootPort{"a", 1}, pci::RootPort{"b", 2}};
   pci::Root root_{ports_, memory_, [this](unsigned gsi) -> machine::Interrupt& { return lines_.at(gsi); },
                   reset_};

@@ -16,6 +16,16 @@ class Bytes {
     data_ = data_.subspan(1);
     return value;
   }
+  // Of so many bytes, the lowest first.
+  uint64_t number(unsigned bytes) {
+    uint64_t value = 0;
+    for (unsigned i = 0; i < bytes; i++) value |= uint64_t{byte()} << (i * 8);
+    return value;
+  }
+  template <class T>
+  T take() {
+    return static_cast<T>(number(sizeof(T)));
+  }
 
  private:
   std::span<const uint8_t> data_;

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <cstring>
 #include <system_error>
 
 #include "base/clock.hpp"
+#include "input.hpp"
 #include "kvm/soft/irqchip/irqchip.hpp"
 
 namespace {
@@ -32,24 +32,7 @@ class Port final : public VcpuPort {
   const Clock& clock_;
 };
 
-class Input {
- public:
-  Input(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  bool empty() const { return size_ == 0; }
-  template <class T>
-  T take() {
-    T value{};
-    const size_t n = size_ < sizeof value ? size_ : sizeof value;
-    std::memcpy(&value, data_, n);
-    data_ += n;
-    size_ -= n;
-    return value;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-};
+using Input = fuzz::Bytes;
 
 void require(bool condition) {
   if (!condition) std::abort();
@@ -160,7 +143,7 @@ void set_routing(Irqchip& chip, Input& in) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  Input in(data, size);
+  Input in({data, size});
   FakeClock clock;
   Port ports_of[2] = {Port(clock), Port(clock)};
   Irqchip chip(clock);
