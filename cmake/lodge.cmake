@@ -72,8 +72,4 @@ function(lodge_preload_test name)
     list(APPEND ARG_ENVIRONMENT LD_PRELOAD=${LODGE_RUNTIME})
   endif()
   set_tests_properties(${name} PROPERTIES TIMEOUT 1300 LABELS "${ARG_LABELS}" ENVIRONMENT "${ARG_ENVIRONMENT}")
-  if(LODGE_SANITIZE)
-    # Signals come faster than an instrumented guest that shares its processor gets anywhere.
-    set_tests_properties(${name} PROPERTIES RUN_SERIAL ON)
-  endif()
 endfunction()

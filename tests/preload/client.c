@@ -17,6 +17,7 @@
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define CHECK(condition)                                                                             \
@@ -48,8 +49,7 @@ static void begin(int fd) {
   CHECK(ioctl(fd, KVM_SET_REGS, &regs) == 0);
 }
 
-// A machine in real mode that begins at `code`.
-static void make_machine(const void* program, size_t size) {
+static void make_vm(const void* program, size_t size) {
   dev = open("/dev/kvm", O_RDWR | O_CLOEXEC);
   CHECK(dev >= 0);
   CHECK(ioctl(dev, KVM_GET_API_VERSION, 0) == KVM_API_VERSION);
@@ -60,6 +60,8 @@ static void make_machine(const void* program, size_t size) {
   memcpy(ram + code, program, size);
   struct kvm_userspace_memory_region region = {.memory_size = ram_size, .userspace_addr = (uintptr_t)ram};
   CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+}
+static void make_vcpu(void) {
   vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
   CHECK(vcpu >= 0);
   const int mapped = ioctl(dev, KVM_GET_VCPU_MMAP_SIZE, 0);
@@ -67,6 +69,12 @@ static void make_machine(const void* program, size_t size) {
   run = mmap(NULL, (size_t)mapped, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
   CHECK(run != MAP_FAILED);
   begin(vcpu);
+}
+
+// A machine in real mode that begins at `code`.
+static void make_machine(const void* program, size_t size) {
+  make_vm(program, size);
+  make_vcpu();
 }
 
 static uint8_t next_out(void) {
@@ -224,8 +232,8 @@ static void test_kick(void) {
   }
 }
 
-// Signals that cannot be blocked while the vCPU runs end it like any other: the accelerator's own alarm, and what is
-// otherwise a fault.
+// Signals that cannot be blocked while the vCPU runs end it like any other: the accelerator's own alarm, and
+// what is otherwise a fault.
 struct sent {
   pthread_t thread;
   int number;
@@ -253,7 +261,8 @@ static void test_unblocked(void) {
   }
 }
 
-// A thread that may be cancelled anywhere is cancelled in the middle of the guest, and its vCPU can be used again.
+// A thread that may be cancelled anywhere is cancelled in the middle of the guest, and its vCPU can be used
+// again.
 static void* run_and_wait(void* unused) {
   (void)unused;
   CHECK(pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, NULL) == 0);
@@ -274,8 +283,8 @@ static void test_cancel(void) {
   CHECK(ioctl(vcpu, KVM_GET_REGS, &regs) == 0 && regs.rip >= code && regs.rip < code + sizeof spins);
 }
 
-// No ioctl is a cancellation point: a thread of the default type, also one that was of the other before, and one
-// that has cancellation off, does what it does in between.
+// No ioctl is a cancellation point: a thread of the default type, also one that was of the other before, and
+// one that has cancellation off, does what it does in between.
 static void* ask_on(void* later) {
   int result = 0;
   CHECK(pthread_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, NULL) == 0);
@@ -328,8 +337,10 @@ static void test_coalesced(void) {
   make_machine(writes, sizeof writes);
   const int page = ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_COALESCED_MMIO);
   CHECK(page > 0 && ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_COALESCED_PIO) == 1);
-  struct kvm_userspace_memory_region low = {.memory_size = 0xa0000, .userspace_addr = (uintptr_t)ram}, none = {0};
-  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &none) == 0 && ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) == 0);
+  struct kvm_userspace_memory_region low = {.memory_size = 0xa0000, .userspace_addr = (uintptr_t)ram},
+                                     none = {0};
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &none) == 0 &&
+        ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) == 0);
   struct kvm_coalesced_mmio_zone zone = {.addr = 0xb8000, .size = 0x8000};
   CHECK(ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone) == 0);
   struct kvm_coalesced_mmio_ring* ring = (void*)((uint8_t*)run + page * 4096);
@@ -464,6 +475,74 @@ static void test_uring(void) {
   CHECK(io_uring_queue_init_params(8, &ring, &parameters) == -EPERM);
 }
 
+// A machine whose guest spins, and leaves by a port when its LAPIC's timer expires, which it does without
+// exits before.
+enum { tick_vector = 0x40, tick_port = 0x10 };
+static void make_ticking_machine(void) {
+  static const uint8_t program[] = {0xfb, 0xeb, 0xfe, 0xe6,
+                                    tick_port};  // sti; jmp itself; out %al, $tick_port
+  make_vm(program, sizeof program);
+  CHECK(ioctl(vm, KVM_CREATE_IRQCHIP, 0) == 0);
+  make_vcpu();
+  const uint16_t handler[2] = {code + 3, 0};
+  memcpy(ram + tick_vector * 4, handler, sizeof handler);
+}
+// In 20 ms.
+static void expect_a_tick(void) {
+  begin(vcpu);
+  struct kvm_lapic_state lapic;
+  CHECK(ioctl(vcpu, KVM_GET_LAPIC, &lapic) == 0);
+  const struct {
+    unsigned offset;
+    uint32_t value;
+  } registers[] = {{0xf0, 0x1ff}, {0x3e0, 0xb}, {0x320, tick_vector}, {0x380, 20000000}, {0x390, 20000000}};
+  memset(lapic.regs + 0x100, 0, 0x80);  // nothing in service
+  for (size_t i = 0; i < sizeof registers / sizeof *registers; ++i)
+    memcpy(lapic.regs + registers[i].offset, &registers[i].value, 4);
+  CHECK(ioctl(vcpu, KVM_SET_LAPIC, &lapic) == 0);
+  CHECK(ioctl(vcpu, KVM_RUN, 0) == 0);
+  CHECK(run->exit_reason == KVM_EXIT_IO && run->io.port == tick_port);
+}
+
+// The client's use of each signal, also one that the library uses, does not keep the guest's timer from it,
+// nor the other way round.
+static void test_alarm(void) {
+  make_ticking_machine();
+  expect_a_tick();
+  for (int number = SIGRTMIN; number <= SIGRTMAX; ++number) {
+    struct sigaction action = {.sa_handler = on_signal}, old;
+    CHECK(sigaction(number, NULL, &old) == 0 && old.sa_handler == SIG_DFL && old.sa_flags == 0);
+    CHECK(sigaction(number, &action, NULL) == 0);
+    handled = 0;
+    expect_a_tick();
+    CHECK(handled == 0);
+    // Again and again: the first may come before the guest runs.
+    const struct itimerspec often = {.it_value = {.tv_nsec = 5000000}, .it_interval = {.tv_nsec = 5000000}};
+    struct sigevent event = {.sigev_notify = SIGEV_SIGNAL, .sigev_signo = number};
+    timer_t timer;
+    CHECK(timer_create(CLOCK_MONOTONIC, &event, &timer) == 0 && timer_settime(timer, 0, &often, NULL) == 0);
+    begin(vcpu);
+    CHECK(ioctl(vcpu, KVM_RUN, 0) == -1 && errno == EINTR && handled > 0);
+    CHECK(timer_delete(timer) == 0);
+    handled = 0;
+    expect_a_tick();
+    CHECK(handled == 0);
+  }
+}
+
+// Nor does a client that wants no signal at all.
+static void test_blocked(void) {
+  make_ticking_machine();
+  sigset_t all;
+  sigfillset(&all);
+  CHECK(sigprocmask(SIG_BLOCK, &all, NULL) == 0);
+  expect_a_tick();
+  CHECK(pthread_sigmask(SIG_SETMASK, &all, NULL) == 0);
+  expect_a_tick();
+  CHECK(sigprocmask(SIG_BLOCK, &all, NULL) == 0);
+  expect_a_tick();
+}
+
 static const struct {
   const char* name;
   void (*test)(void);
@@ -473,6 +552,8 @@ static const struct {
              {"writes", test_writes},
              {"signal", test_signal},
              {"mask", test_mask},
+             {"alarm", test_alarm},
+             {"blocked", test_blocked},
              {"immediate", test_immediate},
              {"kick", test_kick},
              {"unblocked", test_unblocked},

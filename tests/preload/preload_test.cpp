@@ -32,9 +32,9 @@ TEST_P(Preload, ClientIsServedByTheInterpreter) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Preload,
-                         testing::Values("run", "descriptors", "fork", "writes", "signal", "mask",
-                                         "immediate", "kick", "unblocked", "cancel", "cancel_later",
-                                         "arguments", "leaks", "coalesced", "uring"),
+                         testing::Values("run", "descriptors", "fork", "writes", "signal", "mask", "alarm",
+                                         "blocked", "immediate", "kick", "unblocked", "cancel",
+                                         "cancel_later", "arguments", "leaks", "coalesced", "uring"),
                          [](const auto& test) { return std::string(test.param); });
 
 TEST(KvmCheck, AcceptsADynamicallyLinkedProgram) {

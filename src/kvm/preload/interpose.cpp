@@ -278,3 +278,15 @@ LODGE_EXPORT sighandler_t sysv_signal(int number, sighandler_t handler) noexcept
 LODGE_EXPORT sighandler_t __sysv_signal(int number, sighandler_t handler) noexcept {
   return set_handler(number, handler, static_cast<int>(SA_RESETHAND) | SA_NODEFER);
 }
+
+LODGE_EXPORT int pthread_sigmask(int how, const sigset_t* set, sigset_t* old) noexcept {
+  static constinit Next<int (*)(int, const sigset_t*, sigset_t*)> next("pthread_sigmask");
+  sigset_t room;
+  return next.get()(how, without_alarm(how, set, room), old);
+}
+
+LODGE_EXPORT int sigprocmask(int how, const sigset_t* set, sigset_t* old) noexcept {
+  static constinit Next<int (*)(int, const sigset_t*, sigset_t*)> next("sigprocmask");
+  sigset_t room;
+  return next.get()(how, without_alarm(how, set, room), old);
+}

@@ -27,12 +27,21 @@ constexpr uint64_t faults =
     bit(SIGSEGV) | bit(SIGBUS) | bit(SIGFPE) | bit(SIGILL) | bit(SIGTRAP) | bit(SIGSYS);
 // The soft accelerator answers these itself and hands what is not its own to the wrapper, whoever comes
 // first.
-constexpr std::array accelerators = {SIGSEGV, SIGBUS, SIGFPE};
+bool accelerators_own(int number) noexcept {
+  return number == SIGSEGV || number == SIGBUS || number == SIGFPE || number == soft::ThreadAlarm::signal();
+}
 // And those of the threads library.
 constexpr uint64_t never_blocked = faults | bit(32) | bit(33);
 
 bool is_fault(int number, const siginfo_t& info) noexcept {
   return (faults & bit(number)) != 0 && info.si_code > 0;
+}
+
+// The kernel's mask of this thread, past our own front. Answers with what it was.
+uint64_t change_mask(int how, uint64_t mask) noexcept {
+  uint64_t before = 0;
+  ::syscall(SYS_rt_sigprocmask, how, &mask, &before, sizeof mask);
+  return before;
 }
 
 // What the client has asked for. Handlers read it, so there are no locks: a reader looks whether a writer was
@@ -52,15 +61,13 @@ class ClientAction {
     }
   }
   void set(const struct sigaction& action) noexcept {
-    sigset_t all, old;
-    ::sigfillset(&all);
-    ::pthread_sigmask(SIG_SETMASK, &all, &old);
+    const uint64_t mask = change_mask(SIG_SETMASK, ~uint64_t{0});
     uint32_t before = version_.load();
     while (before % 2 != 0 || !version_.compare_exchange_weak(before, before + 1)) before = version_.load();
     const auto words = std::bit_cast<Words>(action);
     for (size_t i = 0; i < words.size(); ++i) words_[i].store(words[i], std::memory_order_release);
     version_.store(before + 2, std::memory_order_release);
-    ::pthread_sigmask(SIG_SETMASK, &old, nullptr);
+    change_mask(SIG_SETMASK, mask);
   }
 
  private:
@@ -72,6 +79,7 @@ class ClientAction {
 constinit std::array<ClientAction, signals> client_actions;
 constinit std::atomic<bool> adopted{false};
 constinit thread_local SignalsWhileRunning* volatile running = nullptr;
+constinit thread_local bool runs_vcpus = false;  // this thread does, or did
 
 uint64_t& mask_of(void* context) noexcept {
   // The kernel's mask is 8 bytes; the C library's type is larger than what the kernel has put there.
@@ -100,12 +108,7 @@ void call_client(int number, siginfo_t* info, void* context) noexcept {
     fresh.sa_handler = SIG_DFL;
     client_sigaction(number, &fresh, nullptr);
   }
-  if ((action.sa_flags & SA_NODEFER) != 0) {
-    sigset_t own;
-    ::sigemptyset(&own);
-    ::sigaddset(&own, number);
-    ::pthread_sigmask(SIG_UNBLOCK, &own, nullptr);
-  }
+  if ((action.sa_flags & SA_NODEFER) != 0) change_mask(SIG_UNBLOCK, bit(number));
   if ((action.sa_flags & SA_SIGINFO) != 0)
     action.sa_sigaction(number, info, context);
   else
@@ -127,12 +130,6 @@ struct sigaction wrapper(const struct sigaction& client) noexcept {
   action.sa_sigaction = on_signal;
   action.sa_flags = (client.sa_flags | SA_SIGINFO) & ~static_cast<int>(SA_RESETHAND | SA_NODEFER);
   return action;
-}
-
-bool accelerators_own(int number) noexcept {
-  for (const int own : accelerators)
-    if (own == number) return true;
-  return false;
 }
 
 bool adopt_all() {
@@ -179,25 +176,28 @@ int client_sigaction(int number, const struct sigaction* action, struct sigactio
   return 0;
 }
 
+const sigset_t* without_alarm(int how, const sigset_t* set, sigset_t& room) noexcept {
+  if (!runs_vcpus || set == nullptr || how == SIG_UNBLOCK) return set;
+  room = *set;
+  ::sigdelset(&room, soft::ThreadAlarm::signal());
+  return &room;
+}
+
 SignalsWhileRunning::SignalsWhileRunning(Vcpu& vcpu, const std::optional<uint64_t>& mask) noexcept
     : vcpu_(vcpu), outer_(running) {
   running = this;
+  runs_vcpus = true;
   if (!mask) return;
   // From here on a signal may come that the thread's own mask holds back: it is postponed to that mask.
   const uint64_t wanted = *mask & ~(never_blocked | bit(soft::ThreadAlarm::signal()));
-  uint64_t before = 0;
-  ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, nullptr, &before, sizeof before);
-  before_ = before;
+  before_ = change_mask(SIG_BLOCK, 0);
   restore_ = true;
-  ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, &wanted, nullptr, sizeof wanted);
+  change_mask(SIG_SETMASK, wanted);
 }
 
 SignalsWhileRunning::~SignalsWhileRunning() {
   running = outer_;
-  if (restore_) {
-    const uint64_t before = before_;
-    ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, nullptr, sizeof before);
-  }
+  if (restore_) change_mask(SIG_SETMASK, before_);
   for (uint64_t held = held_; held != 0; held &= held - 1) ::raise(std::countr_zero(held) + 1);
 }
 

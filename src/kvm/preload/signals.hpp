@@ -25,6 +25,11 @@ void adopt_signal_handlers();
 // sigaction(2) for the client: shows it its own handlers. 0, or -1 with errno.
 int client_sigaction(int number, const struct sigaction* action, struct sigaction* old) noexcept;
 
+// What the client's pthread_sigmask(how, set) on this thread may do: a thread that runs vCPUs lets the
+// accelerator's alarm through, without which a guest that does not exit would never see its timers. `room`
+// holds the answer.
+const sigset_t* without_alarm(int how, const sigset_t* set, sigset_t& room) noexcept;
+
 // Around one KVM_RUN of this thread. `mask`: that of KVM_SET_SIGNAL_MASK, or none.
 class SignalsWhileRunning {
  public:

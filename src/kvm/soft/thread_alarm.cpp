@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "kvm/soft/signal_chain.hpp"
+
 namespace lodge::kvm::soft {
 namespace {
 
@@ -13,9 +15,17 @@ namespace {
 thread_local const std::function<void()>* volatile receiver = nullptr;
 thread_local volatile uint32_t missed_alarms = 0;
 
-void on_alarm(int) noexcept {
+// Timers carry its address: a process may hold more than one copy of this code, and uses of its own for the
+// signal.
+constexpr char mark = 0;
+
+struct sigaction previous;
+
+void on_alarm(int number, siginfo_t* info, void* context) noexcept {
   const int saved_errno = errno;
-  if (const std::function<void()>* ring = receiver; ring != nullptr)
+  if (info->si_code != SI_TIMER || info->si_value.sival_ptr != &mark)
+    call_previous(previous, number, info, context);
+  else if (const std::function<void()>* ring = receiver; ring != nullptr)
     (*ring)();
   else
     missed_alarms = missed_alarms + 1;
@@ -24,12 +34,10 @@ void on_alarm(int) noexcept {
 
 bool install_handler() noexcept {
   struct sigaction action {};
-  if (::sigaction(ThreadAlarm::signal(), nullptr, &action) != 0) return false;
-  if ((action.sa_flags & SA_SIGINFO) != 0 || action.sa_handler != SIG_DFL) return false;
-  action.sa_handler = on_alarm;
-  action.sa_flags = SA_RESTART | SA_ONSTACK;
+  action.sa_sigaction = on_alarm;
+  action.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK;
   ::sigemptyset(&action.sa_mask);
-  return ::sigaction(ThreadAlarm::signal(), &action, nullptr) == 0;
+  return ::sigaction(ThreadAlarm::signal(), &action, &previous) == 0;
 }
 
 }  // namespace
@@ -42,7 +50,6 @@ constexpr bool signals_arrive = false;
 constexpr bool signals_arrive = true;
 #endif
 
-// The host accelerator has the fifth.
 int ThreadAlarm::signal() noexcept {
   return SIGRTMIN + 6;
 }
@@ -54,6 +61,7 @@ std::unique_ptr<ThreadAlarm> ThreadAlarm::create() noexcept {
   sigevent event{};
   event.sigev_notify = SIGEV_THREAD_ID;
   event.sigev_signo = signal();
+  event.sigev_value.sival_ptr = const_cast<char*>(&mark);
   event._sigev_un._tid = static_cast<pid_t>(::syscall(SYS_gettid));
   timer_t timer{};
   if (::timer_create(CLOCK_MONOTONIC, &event, &timer) != 0) return nullptr;

@@ -16,10 +16,11 @@ namespace lodge::kvm::soft {
 
 class ThreadAlarm {
  public:
-  static int signal() noexcept;
   // For the calling thread, whose mask is changed to let the signal through. Null where the host grants no
-  // timer, or where the process uses the signal for something else.
+  // timer. What else comes by this signal goes to the handler that was there before.
   static std::unique_ptr<ThreadAlarm> create() noexcept;
+  // SIGRTMIN + 6: the host accelerator has the fifth.
+  static int signal() noexcept;
   ~ThreadAlarm();
   ThreadAlarm(const ThreadAlarm&) = delete;
   ThreadAlarm& operator=(const ThreadAlarm&) = delete;

@@ -9,6 +9,7 @@
 #include <system_error>
 
 #include "kvm/soft/mmu/write_guard.hpp"
+#include "kvm/soft/signal_chain.hpp"
 #include "kvm/soft/translate/translator.hpp"
 
 namespace lodge::kvm::soft {
@@ -24,15 +25,8 @@ const struct sigaction& previous_of(int number) noexcept {
 }
 
 void pass_on(int number, siginfo_t* info, void* context) noexcept {
-  const struct sigaction& previous = previous_of(number);
-  if ((previous.sa_flags & SA_SIGINFO) != 0) {
-    previous.sa_sigaction(number, info, context);
-  } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-    previous.sa_handler(number);
-  } else {
-    // Returning runs the faulting instruction again, now with the default action.
-    ::signal(number, SIG_DFL);
-  }
+  // Returning runs the faulting instruction again, now with the default action.
+  if (!call_previous(previous_of(number), number, info, context)) ::signal(number, SIG_DFL);
 }
 
 void on_signal(int number, siginfo_t* info, void* context) noexcept {
