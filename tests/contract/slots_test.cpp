@@ -73,6 +73,29 @@ CONTRACT_TEST(Slots, AMovedSlotAnswersAtItsNewPlace) {
   EXPECT_EQ(guest->result(Mode::long64, touch_high).rax, 0x42u);
 }
 
+GUEST_CODE(reports, 64, "out %al, $0x91");
+CONTRACT_TEST(Slots, AnExceptionOfTheVmmsIsDeliveredByTodaysTable) {
+  auto guest = test.guest();
+  const auto before = Mapping::anonymous(0x1000), now = Mapping::anonymous(0x1000);
+  constexpr unsigned undefined = 6;
+  guest->load(reports);
+  guest->enter(Mode::long64);
+  std::memcpy(before.data(), guest->memory(idt_gpa), before.size());
+  guest->set_gate(undefined, code64, code_gpa);
+  std::memcpy(now.data(), guest->memory(idt_gpa), now.size());
+  kvm_sregs sregs = guest->vcpu().sregs();
+  sregs.idt.base = high;
+  guest->vcpu().set_sregs(sregs);
+  set_slot(*guest, 1, high, before);
+  kvm_vcpu_events events{};
+  events.exception.injected = 1;
+  events.exception.nr = undefined;
+  guest->vcpu().set_vcpu_events(events);
+  remove_slot(*guest, 1, high);
+  set_slot(*guest, 1, high, now);
+  EXPECT_TRUE(Guest::is_out(guest->run(), 0x91));
+}
+
 // KVM_CAP_MULTI_ADDRESS_SPACE: the numbers' upper half.
 void needs_second_space(Guest& guest) {
   if (guest.vm().check_extension(KVM_CAP_MULTI_ADDRESS_SPACE) < 2)

@@ -173,11 +173,7 @@ Exit SoftVcpu::run() noexcept {
     status = -EAGAIN;
   } else if (run_->immediate_exit != 0) {
     // An answered access is completed first, so that the state can be saved.
-    Outcome outcome = go_on;
-    if (alone_next_) {
-      acknowledge_memory();
-      outcome = run_alone();
-    }
+    const Outcome outcome = alone_next_ ? run_alone() : go_on;
     status = outcome.leave ? outcome.status : -EINTR;
   } else {
     status = loop();

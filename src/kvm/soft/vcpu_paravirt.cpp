@@ -24,8 +24,8 @@ constexpr uint64_t error(int number) {
 
 void SoftVcpu::enter_guest() noexcept {
   in_guest_.store(true);
+  acknowledge_memory();  // what comes before service() sees today's slots
   if (cpu_.msr.kvm_steal_time == 0) return;
-  acknowledge_memory();  // the area is looked up in today's slots
   steal_.enter();
   steal_.update();
 }
