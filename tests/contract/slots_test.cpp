@@ -36,6 +36,19 @@ CONTRACT_TEST(Slots, UnalignedSlotsAreRefused) {
   EXPECT_EQ(refusal([&] { set_slot(*guest, 1, high + 0x800, memory); }), EINVAL);
 }
 
+CONTRACT_TEST(Slots, MemoryThatNoProcessCanHaveIsRefused) {
+  auto guest = test.guest();
+  const auto refused = [&](uint64_t address, uint64_t size) {
+    return refusal([&] {
+      guest->vm().set_user_memory_region(
+          {.slot = 1, .flags = 0, .guest_phys_addr = high, .memory_size = size, .userspace_addr = address});
+    });
+  };
+  EXPECT_EQ(refused(~uint64_t{0xfff}, 0x2000), EINVAL) << "it wraps";
+  EXPECT_EQ(refused(uint64_t{1} << 63, 0x2000), EINVAL) << "the kernel's";
+  EXPECT_EQ(refused(0x10000, uint64_t{1} << 43), EINVAL) << "2^31 pages";
+}
+
 CONTRACT_TEST(Slots, ASlotCannotChangeItsSize) {
   auto guest = test.guest();
   const auto memory = Mapping::anonymous(0x2000);

@@ -16,6 +16,8 @@ namespace lodge::kvm::soft {
 namespace {
 
 constexpr uint32_t max_slots = 32764;
+constexpr uint64_t max_slot_size = ((uint64_t{1} << 31) - 1) * page_size;  // KVM_MEM_MAX_NR_PAGES
+constexpr uint64_t end_of_user_memory = uint64_t{1} << 63;
 constexpr uint64_t msr_exit_reasons =
     KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER;
 
@@ -89,6 +91,8 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
   if (((region.guest_phys_addr | region.memory_size | region.userspace_addr) & page_mask) != 0 ||
       region.guest_phys_addr + region.memory_size < region.guest_phys_addr)
     throw_errno(EINVAL, fmt::format("memory slot {}: not page aligned, or wraps", region.slot));
+  if (region.memory_size > max_slot_size || region.userspace_addr > end_of_user_memory - region.memory_size)
+    throw_errno(EINVAL, fmt::format("memory slot {}: more memory than a process can have", region.slot));
 
   const auto old = slots_.find(region.slot);
   auto maps = std::make_unique<AddressSpaces>(*memory());
