@@ -119,7 +119,7 @@ bool CodeCache::set_idle(Translator& translator, bool idle) noexcept {
 // --- translations
 
 CodeCache::Key CodeCache::key_of(const DecodedBlock& block, uint32_t profile, Boundary boundary) noexcept {
-  static_assert(Boundary::count <= 8 && no_profile <= 64);
+  static_assert(Boundary::count <= 8 && no_profile < 64);
   return {.host = block.host,
           .second_page = block.host_page[1],
           .modes = block.key << 9 | profile << 3 | boundary.index()};

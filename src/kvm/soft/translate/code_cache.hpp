@@ -58,7 +58,7 @@ class CodeCache {
   bool is_shared() const noexcept { return vcpus_.load(std::memory_order_relaxed) > 1; }
   const Stubs& stubs() const noexcept { return *stubs_; }  // once a translator is attached
   // The number of a set of features; equal ones share code. no_profile: there are too many of them.
-  static constexpr uint32_t no_profile = 64;
+  static constexpr uint32_t no_profile = 63;
   uint32_t profile(const FeatureWords& features);
 
   // --- translations; locked
