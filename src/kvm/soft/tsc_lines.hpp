@@ -8,7 +8,6 @@
 
 #include <array>
 #include <cstdint>
-#include <cstdlib>
 #include <mutex>
 
 namespace lodge::kvm::soft {
@@ -52,8 +51,9 @@ class TscLines {
   static bool joins(const Line& line, Cause cause, uint64_t value, uint64_t scaled) noexcept {
     if (cause == Cause::creation || value == 0) return true;
     if (cause == Cause::write && !line.written) return false;
-    const auto apart = static_cast<int64_t>(value - (line.offset + scaled));
-    return std::abs(apart) < int64_t{line.khz} * 1000;
+    const uint64_t second = uint64_t{line.khz} * 1000;
+    const uint64_t ahead = value - (line.offset + scaled), behind = -ahead;
+    return ahead < second || behind < second;
   }
 
   const uint32_t host_khz_;
