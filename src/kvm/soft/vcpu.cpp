@@ -199,12 +199,8 @@ void SoftVcpu::count_exit(int status) noexcept {
 void SoftVcpu::finish_exit() noexcept {
   if (lapic_ == nullptr) cpu_.cr8 = run_->cr8 & 0xf;  // the VMM's LAPIC has the TPR
   if (mmio_asked_ && answered_ < answers_.size()) {
-    Answer& answer = answers_[answered_++];
-    answer = {.gpa = run_->mmio.phys_addr,
-              .size = static_cast<uint8_t>(run_->mmio.len),
-              .write = run_->mmio.is_write != 0,
-              .data = {}};
-    std::memcpy(answer.data, run_->mmio.data, sizeof answer.data);
+    auto& answer = answers_[answered_++];
+    std::memcpy(answer.data(), run_->mmio.data, answer.size());
     alone_next_ = true;
   }
   mmio_asked_ = false;

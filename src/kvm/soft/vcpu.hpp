@@ -301,13 +301,7 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   std::atomic<uint32_t> mp_state_;
 
   // Accesses that the VMM has answered, for the instruction that runs again.
-  struct Answer {
-    uint64_t gpa = 0;
-    uint8_t size = 0;
-    bool write = false;
-    uint8_t data[8] = {};
-  };
-  std::array<Answer, 16> answers_;
+  std::array<std::array<uint8_t, 8>, 16> answers_;  // what was read; nothing of a write
   unsigned answered_ = 0, answers_used_ = 0;
   bool alone_next_ = false;
   enum class PortIo : uint8_t { none, asked, answered } port_io_ = PortIo::none, msr_ = PortIo::none;

@@ -158,8 +158,7 @@ SoftVcpu::Coalesced SoftVcpu::coalesce(uint64_t gpa, const void* data, unsigned 
     return Coalesced::alone;
   }
   if (!ring.put(false, gpa, data, size)) return Coalesced::no;
-  answers_[answered_++] = {.gpa = gpa, .size = static_cast<uint8_t>(size), .write = true, .data = {}};
-  answers_used_ = answered_;
+  answers_used_ = ++answered_;
   return Coalesced::done;
 }
 
@@ -187,8 +186,8 @@ bool SoftVcpu::mmio(uint64_t gpa, void* data, unsigned size, bool write) noexcep
   while (size > 0) {
     const unsigned part = std::min(size, 8u);
     if (answers_used_ < answered_) {
-      const Answer& answer = answers_[answers_used_++];
-      if (!write) std::memcpy(bytes, answer.data, part);
+      const auto& answer = answers_[answers_used_++];
+      if (!write) std::memcpy(bytes, answer.data(), part);
     } else {
       if (answered_ == answers_.size())
         return cpu_.raise(Exception::gp, 0);  // more fragments than any instruction has
