@@ -1,4 +1,5 @@
 // Port I/O: sizes, string I/O with its count, and permission.
+#include <algorithm>
 #include <cstring>
 
 #include "harness.hpp"
@@ -162,6 +163,27 @@ CONTRACT_TEST(PortIo, TheTasksBitmapAllowsSinglePorts) {
   const auto exit = guest->run();
   ASSERT_TRUE(Guest::is_out(exit, 0x81)) << guest->describe(exit);
   EXPECT_EQ(guest->trap().vector, 13u);
+}
+
+// The VMM's answer is for that instruction, or for nobody.
+GUEST_CODE(asks, 64, "in $0x60, %al; nop; 1: jmp 1b");
+CONTRACT_TEST(PortIo, AnAnswerIsNotTakenByAnotherInstruction) {
+  constexpr uint64_t high = 0x10000000;
+  auto guest = test.guest();
+  const auto memory = Mapping::anonymous(0x1000);
+  std::ranges::copy(asks, memory.data());
+  guest->vm().set_user_memory_region({.slot = 1,
+                                      .flags = 0,
+                                      .guest_phys_addr = high,
+                                      .memory_size = memory.size(),
+                                      .userspace_addr = reinterpret_cast<uint64_t>(memory.data())});
+  guest->enter(Mode::long64, 0, high);
+  EXPECT_EQ(guest->run().reason(), KVM_EXIT_IO);
+  // Its code is gone meanwhile, and a fault comes instead.
+  guest->at<uint64_t>(pd_gpa + (high >> 21) * 8) = 0;
+  guest->vm().note_write(pd_gpa, 0x1000);
+  guest->vcpu().set_sregs(guest->vcpu().sregs());
+  EXPECT_EQ(guest->trap().vector, 14u);
 }
 
 }  // namespace

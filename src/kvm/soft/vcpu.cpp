@@ -278,6 +278,7 @@ Outcome SoftVcpu::take_init_and_sipi(uint32_t bits) noexcept {
   }
   if ((bits & request::init) != 0) {
     reset_cpu(cpu_, true);
+    drop_answers();
     if (lapic_ != nullptr) lapic_->init_reset();
     cpu_.halted = false;
     nmi_pending_ = smi_pending_ = interrupt_waiting_ = unhalted_ = false;
@@ -466,7 +467,7 @@ Outcome SoftVcpu::run_alone() noexcept {
       cpu_.mode() == Mode::bits64 ? cpu_.rip : static_cast<uint32_t>(cpu_.segment[seg_cs].base + cpu_.rip);
   single_ = decode(linear, cpu_.decode_key, 1);
   if (!single_) {
-    alone_next_ = false;
+    drop_answers();
     return after_stop();
   }
   cpu_.gpr[gpr_rip] = cpu_.rip;
@@ -483,9 +484,7 @@ Outcome SoftVcpu::run_alone() noexcept {
     cpu_.wants_exit = false;
     return leave_with(0);
   }
-  alone_next_ = false;
-  answered_ = 0;
-  port_io_ = msr_ = PortIo::none;
+  drop_answers();
   if (cpu_.interrupted_access()) return after_stop();
 
   if (resumes && (cpu_.system_flags & flag::rf) != 0) cpu_.system_flags &= ~flag::rf;
@@ -501,6 +500,12 @@ Outcome SoftVcpu::run_alone() noexcept {
   }
   if (cpu_.leave_run) return after_stop();
   return go_on;
+}
+
+void SoftVcpu::drop_answers() noexcept {
+  alone_next_ = false;
+  answered_ = 0;
+  port_io_ = msr_ = PortIo::none;
 }
 
 // A block or an instruction ended with more than a new RIP (or only with a halt or an interrupt shadow: the

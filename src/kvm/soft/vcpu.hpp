@@ -196,6 +196,8 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   bool something_waits() noexcept;
   Outcome run_blocks() noexcept;
   Outcome run_alone() noexcept;
+  // The instruction that the VMM's answers are for has run, or will not.
+  void drop_answers() noexcept;
   Outcome after_stop() noexcept;
   Outcome deliver(Delivery delivery) noexcept;
   Outcome deliver_pending() noexcept;
