@@ -66,6 +66,9 @@ constinit thread_local Cancellable* mine = nullptr;
 struct Registered : Cancellable {
   Registered() { registry().add(*this); }
   ~Registered() {
+    // The thread may have returned with the asynchronous type, and here it holds a lock.
+    int ignored = 0;
+    ::pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &ignored);
     mine = nullptr;
     registry().remove(*this);
   }
