@@ -73,14 +73,15 @@ SoftVcpu::SoftVcpu(SoftVm& vm, unsigned id)
   cpu_.tsc_is_direct = tsc_khz_ == vm.tsc_khz();
   choose_memory();
   decoder_.configure(cpu_.features);
+  if (engine_ != Engine::interpret)
+    translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this),
+                                               vm.options(), vm.code_cache());
+  // The last that can fail: the interrupt controllers know the vCPU from here on.
   if (vm.interrupts().mode() != Irqchip::Mode::none) {
     lapic_ = &vm.interrupts().add_vcpu(id, port_);
     if (id != vm.interrupts().boot_id()) mp_state_ = KVM_MP_STATE_UNINITIALIZED;
   }
   reset_cpu(cpu_, false);
-  if (engine_ != Engine::interpret)
-    translator_ = std::make_unique<Translator>(cpu_, home_.area(), static_cast<BlockSource&>(*this),
-                                               vm.options(), vm.code_cache());
 }
 
 SoftVcpu::~SoftVcpu() {
