@@ -18,7 +18,7 @@ import typing
 
 from compare import initramfs
 from compare.guest import APPEND, Console, MachineFailed, run_steps
-from compare.plan import Step
+from compare.plan import Outcome, Step
 
 TOP = pathlib.Path(__file__).resolve().parents[2]
 GUESTS = TOP / ".cache/guests"
@@ -58,9 +58,9 @@ QEMU_WAYS = {
 FORMATS = ("raw", "qcow2")
 
 
-def lodge_arguments(options: argparse.Namespace, image: pathlib.Path) -> list[str]:
-    return [str(options.lodge), "run", "--accel", "soft", "--no-reboot", "--cpus", str(options.cpus), "--memory", "512M",
-            "--disk", f"{image},queues={options.queues}"]  # fmt: skip
+def lodge_arguments(options: argparse.Namespace, *images: pathlib.Path) -> list[str]:
+    disks = [word for image in images for word in ("--disk", f"{image},queues={options.queues}")]
+    return [str(options.lodge), "run", "--accel", "soft", "--no-reboot", "--cpus", str(options.cpus), "--memory", "512M", *disks]
 
 
 def qemu_arguments(options: argparse.Namespace, way: str, form: str, image: pathlib.Path) -> list[str]:
@@ -70,19 +70,16 @@ def qemu_arguments(options: argparse.Namespace, way: str, form: str, image: path
     return [*command, "-blockdev", file, "-blockdev", f"driver={form},file=file,node-name=disk,{direct}"]
 
 
-def arguments(options: argparse.Namespace, side: str, form: str, image: pathlib.Path, initrd: str) -> list[str]:
-    kernel = str(GUESTS / "cloud/vmlinuz")
-    if side == "lodge":
-        return [*lodge_arguments(options, image), "--kernel", kernel, "--initrd", initrd, "--append", APPEND]
-    return [*qemu_arguments(options, side, form, image), "-kernel", kernel, "-initrd", initrd, "-append", APPEND]
+def machine(options: argparse.Namespace, side: str, form: str, image: pathlib.Path) -> list[str]:
+    return lodge_arguments(options, image) if side == "lodge" else qemu_arguments(options, side, form, image)
 
 
-def fio_step(row: Row, options: argparse.Namespace) -> Step:
-    command = (f"/bin/fio --name={row.name} --filename=/dev/vda --direct=1 --thread --gtod_reduce=1 --time_based "
-               f"--runtime={options.seconds} --ramp_time=1 --norandommap --size={options.size}M {row.options} "
+def fio_step(row: Row, options: argparse.Namespace, disk: str = "vda", turn: str = "") -> Step:
+    command = (f"/bin/fio --name={row.name} --filename=/dev/{disk} --direct=1 --thread --gtod_reduce=1 --time_based "
+               f"--runtime={options.seconds} --ramp_time={0 if options.together else 1} --norandommap --size={options.size}M {row.options} "
                f"--numjobs={options.jobs} --group_reporting "
                "--output-format=terse --terse-version=3")  # fmt: skip
-    return Step(row.name, tuple(command.split()), lambda output: [], limit=options.seconds * 10 + 120)
+    return Step(row.name + turn, tuple(command.split()), lambda output: [], limit=options.seconds * 10 + 120)
 
 
 def figure(row: Row, output: str) -> float:
@@ -95,7 +92,7 @@ def figure(row: Row, output: str) -> float:
     return float(fields[first + 2]) if row.unit == "IOPS" else float(fields[first + 1]) / 1024
 
 
-def guest_image(rows: list[Row], options: argparse.Namespace) -> bytes:
+def guest_image(steps: list[Step], options: argparse.Namespace) -> bytes:
     """An initramfs of BusyBox, fio, the disk's drivers and the plan."""
     applets = ("sh", "mount", "poweroff", "sleep", "setsid", "cttyhack")
     entries = [initramfs.directory(name) for name in ("bin", "dev", "proc", "sys", "tmp", "lib", "lib64", "lib/modules")]
@@ -103,7 +100,7 @@ def guest_image(rows: list[Row], options: argparse.Namespace) -> bytes:
     entries += [initramfs.link(f"bin/{name}", "busybox") for name in applets]
     entries += [initramfs.file("init", (HERE / "guest-init").read_bytes())]
     entries += [initramfs.file("plan-init", (HERE.parent / "compare/guest-init").read_bytes())]
-    entries += [initramfs.file("plan", "".join(f"{r.name} {fio_step(r, options).shell('')}\n" for r in rows).encode(), 0o644)]
+    entries += [initramfs.file("plan", "".join(f"{step.name} {step.shell('')}\n" for step in steps).encode(), 0o644)]
     entries += [initramfs.file(f"lib/modules/{m.name}", m.read_bytes()) for m in (GUESTS / "cloud/modules").iterdir()]
     entries += initramfs.tree(GUESTS / "fio/root")
     return initramfs.pack(entries)
@@ -141,16 +138,37 @@ def measure(options: argparse.Namespace, rows: list[Row], side: str, form: str, 
         # Past the cache, a mapping would only be in the way.
         if "direct=on" not in QEMU_WAYS.get(side, ""):
             stack.enter_context(kept_in_page_cache(image))
-        return boot_and_run(options, rows, side, form, image)
-
-
-def boot_and_run(options: argparse.Namespace, rows: list[Row], side: str, form: str, image: pathlib.Path) -> dict[str, float]:
-    with tempfile.NamedTemporaryFile(prefix="fio-", suffix=".cpio") as initrd:
-        initrd.write(guest_image(rows, options))
-        initrd.flush()
-        with Console(arguments(options, side, form, image, initrd.name)) as console:
-            outcomes = run_steps(console, [fio_step(row, options) for row in rows])
+        outcomes = boot_and_run(machine(options, side, form, image), [fio_step(row, options) for row in rows], options)
     return {row.name: figure(row, outcome.output) for row, outcome in zip(rows, outcomes, strict=True)}
+
+
+def measure_together(options: argparse.Namespace, rows: list[Row],
+                     images: dict[str, pathlib.Path]) -> dict[str, dict[str, list[float]]]:  # fmt: skip
+    """One boot of Lodge with a disk of each format, and each row in turn on the one and on the other: what the host does
+    meanwhile is the same for both. Who begins changes with each turn."""
+    disks = {form: f"vd{letter}" for form, letter in zip(images, "ab", strict=False)}
+    turns = [(row, form, number) for number in range(options.rounds) for row in rows
+             for form in (images if number % 2 == 0 else reversed(images))]  # fmt: skip
+    steps = [fio_step(row, options, disks[form], f".{form}.{number}") for row, form, number in turns]
+    with contextlib.ExitStack() as stack:
+        for image in images.values():
+            read_afresh(image)
+            stack.enter_context(kept_in_page_cache(image))
+        outcomes = boot_and_run(lodge_arguments(options, *images.values()), steps, options)
+    results: dict[str, dict[str, list[float]]] = {}
+    for (row, form, _), outcome in zip(turns, outcomes, strict=True):
+        results.setdefault(f"lodge {form}", {}).setdefault(row.name, []).append(figure(row, outcome.output))
+    return results
+
+
+def boot_and_run(command: list[str], steps: list[Step], options: argparse.Namespace) -> list[Outcome]:
+    dash = "-" if command[0] == options.qemu else "--"
+    with tempfile.NamedTemporaryFile(prefix="fio-", suffix=".cpio") as initrd:
+        initrd.write(guest_image(steps, options))
+        initrd.flush()
+        guest = {"kernel": str(GUESTS / "cloud/vmlinuz"), "initrd": initrd.name, "append": APPEND}
+        with Console([*command, *(word for name, value in guest.items() for word in (dash + name, value))]) as console:
+            return run_steps(console, steps)
 
 
 def prepare(options: argparse.Namespace) -> dict[str, pathlib.Path]:
@@ -170,8 +188,8 @@ def best(samples: list[float]) -> float:
     return statistics.median(samples)
 
 
-def table(results: dict[str, dict[str, list[float]]], rows: list[Row], forms: list[str]) -> list[dict[str, object]]:
-    """Medians, QEMU's better way, ratios."""
+def table(results: dict[str, dict[str, list[float]]], rows: list[Row], forms: list[str], together: bool) -> list[dict[str, object]]:
+    """Medians, QEMU's better way, ratios; of turns in one guest, the median of their ratios."""
     lines = []
     for form in forms:
         for row in rows:
@@ -187,7 +205,8 @@ def table(results: dict[str, dict[str, list[float]]], rows: list[Row], forms: li
             if lodge and ways:
                 line["against QEMU"] = best(lodge) / max(ways.values())
             if lodge and raw and form == "qcow2":
-                line["qcow2 against raw"] = best(lodge) / best(raw)
+                pairs = [mine / theirs for mine, theirs in zip(lodge, raw, strict=False)]
+                line["qcow2 against raw"] = best(pairs) if together else best(lodge) / best(raw)
             lines.append(line)
     return lines
 
@@ -223,6 +242,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="ROW[,ROW]", help=f"of {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--formats", default="raw,qcow2")
     parser.add_argument("--sides", default=f"lodge,{','.join(QEMU_WAYS)}", metavar="SIDE[,SIDE]")
+    parser.add_argument("--together", action="store_true", help="Lodge alone, one guest with a disk of each format, in turn: "
+                        "how the formats compare, whatever the host does meanwhile")  # fmt: skip
     parser.add_argument("--directory", default=str(TOP / ".cache/fio"), help="where the images are made")
     parser.add_argument("--lodge", type=pathlib.Path, default=TOP / "build/lodge", metavar="PATH")
     parser.add_argument("--qemu", default="qemu-system-x86_64", metavar="PATH")
@@ -234,6 +255,8 @@ def parse_arguments() -> argparse.Namespace:
         setattr(options, name, chosen.split(",") if chosen else list(known))
         if unknown := set(getattr(options, name)) - set(known):
             parser.error(f"--{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if options.together and options.formats != list(FORMATS):
+        parser.error("--together compares both formats; leave --formats out")
     if min(options.rounds, options.seconds, options.cpus, options.queues, options.jobs) < 1 or options.size < 64:
         parser.error("--rounds, --seconds, --cpus, --queues and --jobs are at least 1, --size at least 64")
     return options
@@ -244,8 +267,10 @@ def main() -> int:
     rows = [row for row in ROWS if row.name in options.only]
     images = prepare(options)
     results: dict[str, dict[str, list[float]]] = {}
-    failures = []
-    for number in range(options.rounds):
+    failures: list[str] = []
+    if options.together:
+        results = measure_together(options, rows, images)
+    for number in range(0 if options.together else options.rounds):
         for form in options.formats:
             for side in options.sides:
                 print(f"round {number + 1} of {options.rounds}: {side} {form}", file=sys.stderr)
@@ -257,7 +282,7 @@ def main() -> int:
                     continue
                 for name, value in measured.items():
                     results.setdefault(f"{side} {form}", {}).setdefault(name, []).append(value)
-    lines = table(results, rows, options.formats)
+    lines = table(results, rows, options.formats, options.together)
     print(f"median of {options.rounds}; {options.cpus} guest CPU, {len(os.sched_getaffinity(0))} host CPUs, load "
           f"{os.getloadavg()[0]:.1f} after\n{text(lines)}")  # fmt: skip
     if options.json:
