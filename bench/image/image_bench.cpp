@@ -14,9 +14,9 @@
 #include <semaphore>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/storage.hpp"
-#include "block/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace {

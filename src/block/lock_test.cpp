@@ -8,7 +8,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 
 namespace lodge::block {
 namespace {

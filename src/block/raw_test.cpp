@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/uring.hpp"
 
 namespace lodge::block {

@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 
 namespace lodge::block {
 namespace {

@@ -8,8 +8,8 @@
 #include <fstream>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/image.hpp"
-#include "block/temporary_directory.hpp"
 #include "device/pci/root.hpp"
 #include "device/reset.hpp"
 #include "device/testing.hpp"
@@ -139,7 +139,7 @@ TEST_F(TableTest, ALimitIsAnAmountAndABurstNeedsOne) {
 }
 
 TEST_F(TableTest, ADiskHasAQueueForEachProcessor) {
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   const std::string file = directory / "disk.raw";
   std::ofstream(file).close();
   std::filesystem::resize_file(file, 1 << 20);

@@ -7,7 +7,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "guestfs/partitions.hpp"
 #include "guestfs/testing.hpp"
 #include "support/process.hpp"
@@ -75,7 +75,7 @@ class Trees : public ::testing::Test {
     const auto image = block::open_image(directory_ / "disk", {.format = "raw", .read_only = true});
     return find_boot_files(*image, "disk", limit);
   }
-  block::TemporaryDirectory directory_;
+  TemporaryDirectory directory_;
 };
 
 TEST_F(Trees, TheNewestVersionCountsAndNotTheLastByLetters) {

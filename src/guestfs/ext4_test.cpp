@@ -8,7 +8,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "guestfs/testing.hpp"
 #include "support/process.hpp"
 
@@ -72,7 +72,7 @@ class MadeByMke2fs : public ::testing::TestWithParam<std::vector<std::string>> {
     return found ? text_of(fs_->read(found->node, limit)) : "nothing";
   }
 
-  block::TemporaryDirectory directory_;
+  TemporaryDirectory directory_;
   std::string large_;
   std::unique_ptr<block::Image> image_;
   std::optional<Ext4> fs_;
@@ -108,7 +108,7 @@ INSTANTIATE_TEST_SUITE_P(
 // Many extents, by writing every other block of a file: a tree with inner nodes.
 TEST(Ext4, AFragmentedFileIsReadWhole) {
   if (!fs::exists("/usr/sbin/mke2fs")) GTEST_SKIP() << "mke2fs is not installed";
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   fs::create_directories(directory / "tree");
   std::vector<char> expected(4 << 20);
   {

@@ -8,7 +8,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge::guestfs {
@@ -100,7 +100,7 @@ TEST(Iso9660, TheDirectoryLeadsToTheFiles) {
 }
 
 TEST(Iso9660, OthersReadIt) {
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   const std::string path = directory / "volume";
   const auto bytes = make_iso9660("CIDATA", seed());
   std::ofstream(path, std::ios::binary)

@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "guestfs/testing.hpp"
 #include "support/process.hpp"
 
@@ -53,7 +53,7 @@ TEST(Partitions, WhatIsWrittenIsRead) {
 // An independent reader: util-linux.
 TEST(Partitions, SfdiskFindsTheTableWhole) {
   if (!std::filesystem::exists("/usr/sbin/sfdisk")) GTEST_SKIP() << "sfdisk is not installed";
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   const auto layout = make_gpt(disk_size, random_guid(), random_guid());
   const auto bytes = disk_with(layout);
   std::ofstream(directory / "disk", std::ios::binary)

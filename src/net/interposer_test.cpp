@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "base/fd.hpp"
+#include "base/temporary_directory.hpp"
 #include "net/testing.hpp"
 
 namespace lodge::net {
@@ -53,7 +54,8 @@ uint32_t get32(const std::string& bytes, size_t at) {
 }
 
 TEST(Capture, KeepsThePacketsOfBothDirections) {
-  const std::string path = ::testing::TempDir() + "lodge-pcap-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "pcap";
   EventLoop loop("test");
   Listener card;
   auto inner = std::make_unique<Plain>();
@@ -79,13 +81,13 @@ TEST(Capture, KeepsThePacketsOfBothDirections) {
   EXPECT_EQ(bytes.substr(40, 60), std::string(reinterpret_cast<const char*>(frame_of(60, 1).data()), 60));
   EXPECT_EQ(get32(bytes, 100 + 12), 1514u);
   EXPECT_EQ(bytes.substr(116), std::string(reinterpret_cast<const char*>(frame_of(1514, 3).data()), 1514));
-  ::unlink(path.c_str());
   EXPECT_THROW(capture(std::make_unique<Plain>(), "/no/such/directory/file"), UsageError);
 }
 
 // A machine that never starts, since a later option is wrong, leaves no file behind and none empty.
 TEST(Capture, LeavesFilesAloneUntilTheMachineStarts) {
-  const std::string path = ::testing::TempDir() + "lodge-pcap-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "pcap";
   const auto size = [&] {
     struct stat status {};
     return ::stat(path.c_str(), &status) == 0 ? static_cast<int>(status.st_size) : -1;
@@ -106,7 +108,6 @@ TEST(Capture, LeavesFilesAloneUntilTheMachineStarts) {
   EXPECT_EQ(size(), 1000);
   send_one(true);
   EXPECT_EQ(size(), 24 + 16 + 60);
-  ::unlink(path.c_str());
 }
 
 // A file that takes nothing (a pipe without a reader's help) does not stop the packets. The pipe has no name

@@ -15,6 +15,7 @@
 
 #include "base/error.hpp"
 #include "base/fd.hpp"
+#include "base/temporary_directory.hpp"
 #include "net/testing.hpp"
 
 namespace lodge::net {
@@ -27,9 +28,8 @@ using testing::send;
 
 class StreamTest : public ::testing::Test {
  protected:
-  ~StreamTest() override { ::unlink(path.c_str()); }
-  // A process of its own for each test would share the name otherwise.
-  const std::string path = ::testing::TempDir() + "lodge-stream-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "socket";
   EventLoop loop{"test"};
 
   // The other end as a program that speaks whatever it likes.

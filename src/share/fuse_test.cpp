@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "share/testing.hpp"
 
 namespace lodge::share {
@@ -30,9 +31,6 @@ constexpr uint64_t root = Nodes::root;
 class FuseTest : public ::testing::Test {
  protected:
   FuseTest() {
-    std::string pattern = fs::temp_directory_path() / "lodge-share-XXXXXX";
-    top = ::mkdtemp(pattern.data());
-    shared = top / "shared";
     fs::create_directories(shared);
     fs::create_directories(top / "outside");
     put("outside/secret", "secret");
@@ -43,7 +41,6 @@ class FuseTest : public ::testing::Test {
     guest.emplace(*server);
     EXPECT_EQ(guest->init().error, 0);
   }
-  ~FuseTest() override { fs::remove_all(top); }
 
   void put(const std::string& path, const std::string& text) { std::ofstream(top / path) << text; }
   std::string text(const std::string& path) {
@@ -83,7 +80,8 @@ class FuseTest : public ::testing::Test {
     return names;
   }
 
-  fs::path top, shared;
+  TemporaryDirectory directory;
+  const fs::path top = directory.path(), shared = top / "shared";
   FuseServer::Config config{false, owners_of_process("owner=", "0:0"), 8};
   std::optional<FuseServer> server;
   std::optional<FakeGuest> guest;

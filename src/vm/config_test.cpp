@@ -7,6 +7,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 
 namespace lodge::vm {
 namespace {
@@ -79,17 +80,15 @@ TEST(ParseDevice, RefusesMalformedOptions) {
 class Validate : public testing::Test {
  protected:
   Validate() {
-    std::filesystem::create_directory(dir_);
     std::ofstream(kernel_) << "kernel";
     config_.kernel = kernel_;
   }
-  ~Validate() override { std::filesystem::remove_all(dir_); }
   auto check() {
     return [this] { validate(config_, {.memory = 4ull << 30}); };
   }
 
-  std::string dir_ = testing::TempDir() + "lodge-config-" + std::to_string(getpid());
-  std::string kernel_ = dir_ + "/kernel";
+  TemporaryDirectory dir_;
+  std::string kernel_ = dir_ / "kernel";
   VmConfig config_;
 };
 
@@ -111,7 +110,7 @@ TEST_F(Validate, RefusesTooLittleOrUnalignedMemory) {
 }
 
 TEST_F(Validate, RefusesAnInitrdLargerThanMemory) {
-  config_.initrds = {dir_ + "/initrd"};
+  config_.initrds = {dir_ / "initrd"};
   std::ofstream(config_.initrds[0]) << "x";
   std::filesystem::resize_file(config_.initrds[0], 600 << 20);
   EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("--initrd")));
@@ -123,9 +122,9 @@ TEST_F(Validate, AModuleMayHaveArguments) {
 }
 
 TEST_F(Validate, NamesTheFileThatCannotBeRead) {
-  config_.kernel = dir_ + "/none";
+  config_.kernel = dir_ / "none";
   EXPECT_THAT(check(), ThrowsMessage<UsageError>(testing::AllOf(HasSubstr("--kernel"), HasSubstr("/none"))));
-  config_.kernel = dir_;
+  config_.kernel = dir_.path();
   EXPECT_THAT(check(), ThrowsMessage<UsageError>(HasSubstr("directory")));
 }
 

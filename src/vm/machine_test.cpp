@@ -14,6 +14,7 @@
 #include <random>
 #include <thread>
 
+#include "base/temporary_directory.hpp"
 #include "device/watchdog.hpp"
 #include "kvm/soft/soft.hpp"
 #include "machine/boot/test_kernels.hpp"
@@ -77,20 +78,20 @@ TEST_P(MachineThreads, AllRegistersAnswerSeveralProcessorsAtOnce) {
   VmConfig config{.kernel = kernel.path, .cpus = 2, .memory = 16 << 20, .cpu = "host"};
   config.machine = GetParam();
   config.serial.assign(GetParam() == MachineType::pc ? 4 : 1, {SerialConfig::Kind::null, {}});
-  config.devices = {
-      {"debugcon", {{"output", "null"}}},
-      {"isa-debug-exit", {}},
-      {"pvpanic", {}},
-      {"pc-testdev", {}},
-      {"virtio-rng", {}},
-      {"virtio-balloon", {}},
-      {"virtio-net", {}},
-      {"virtio-blk", {{"file", disk.path}}},
-      {"virtio-console", {{"console", "null"}}},
-      {"virtio-keyboard", {}},
-      {"virtio-tablet", {}},
-      {"virtio-vsock", {{"path", testing::TempDir() + "lodge-machine-" + std::to_string(::getpid())}}},
-      {"virtio-fs", {{"path", testing::TempDir()}, {"tag", "tag"}, {"readonly", "on"}}}};
+  const TemporaryDirectory directory;
+  config.devices = {{"debugcon", {{"output", "null"}}},
+                    {"isa-debug-exit", {}},
+                    {"pvpanic", {}},
+                    {"pc-testdev", {}},
+                    {"virtio-rng", {}},
+                    {"virtio-balloon", {}},
+                    {"virtio-net", {}},
+                    {"virtio-blk", {{"file", disk.path}}},
+                    {"virtio-console", {{"console", "null"}}},
+                    {"virtio-keyboard", {}},
+                    {"virtio-tablet", {}},
+                    {"virtio-vsock", {{"path", directory / "socket"}}},
+                    {"virtio-fs", {{"path", directory.path()}, {"tag", "tag"}, {"readonly", "on"}}}};
   if (GetParam() == MachineType::pc) {
     config.devices.push_back({"virtio-rng", {{"bus", "port"}}});
     for (const char* id : {"port", "slot"}) config.devices.push_back({"pcie-root-port", {{"id", id}}});

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -18,12 +19,9 @@ constexpr const char* accelerator = "soft";
 
 class BadInput : public testing::Test {
  protected:
-  BadInput() { std::filesystem::create_directory(dir_); }
-  ~BadInput() override { std::filesystem::remove_all(dir_); }
-
   std::string file(const std::string& name, const std::string& content) {
-    std::ofstream(dir_ + "/" + name, std::ios::binary) << content;
-    return dir_ + "/" + name;
+    std::ofstream(dir_ / name, std::ios::binary) << content;
+    return dir_ / name;
   }
   // What every bad input must do, and `part` in the message.
   void refused(std::vector<std::string> arguments, const std::string& part) {
@@ -39,7 +37,7 @@ class BadInput : public testing::Test {
   }
   std::vector<std::string> files() {
     std::vector<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(dir_)) names.push_back(entry.path());
+    for (const auto& entry : std::filesystem::directory_iterator(dir_.path())) names.push_back(entry.path());
     std::ranges::sort(names);
     return names;
   }
@@ -50,7 +48,7 @@ class BadInput : public testing::Test {
     refused(arguments, part);
   }
 
-  std::string dir_ = testing::TempDir() + "lodge-bad-input-" + std::to_string(getpid());
+  TemporaryDirectory dir_;
 };
 
 TEST_F(BadInput, NoCommand) {
@@ -74,13 +72,13 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
 }
 TEST_F(BadInput, SettingsForCloudInit) {
   run_refused({"--hostname", "My Host"}, "--hostname: ");
-  run_refused({"--user-data", dir_ + "/none"}, "--user-data: ");
+  run_refused({"--user-data", dir_ / "none"}, "--user-data: ");
   run_refused({"--user-data", "/dev/zero"}, "--user-data: ");
   run_refused({"--user-data", file("data", "#!/bin/sh\n"), "--run", "true"}, "--run: ");
   run_refused({"--ssh-key", file("key", "-----BEGIN OPENSSH PRIVATE KEY-----\n")}, "is a private key");
 }
 TEST_F(BadInput, SettingsForASystemWithoutCloudInit) {
-  const std::string tree = dir_ + "/tree", disk = dir_ + "/disk";
+  const std::string tree = dir_ / "tree", disk = dir_ / "disk";
   std::filesystem::create_directories(tree + "/boot");
   std::filesystem::copy_file(LODGE_GUEST, tree + "/boot/vmlinuz-1");
   const auto made =
@@ -126,7 +124,7 @@ TEST_F(BadInput, Networks) {
            {"user,mac=01:00:00:00:00:00", "mac=01"},
            {"user,rate=fast", "rate=fast"},
            {"user,forward=1", "--forward"},
-           {"user,pcap=" + dir_ + "/none/file", "pcap="},
+           {"user,pcap=" + dir_ / "none/file", "pcap="},
            {"tap", "ifname=NAME"},
            {"tap,ifname=a-name-that-is-too-long", "ifname=a-name"},
            {"tap,fd=x", "fd=x"},
@@ -134,7 +132,7 @@ TEST_F(BadInput, Networks) {
            {"tap,ifname=t,queues=17", "queues"},
            {"stream", "listen=ADDRESS"},
            {"stream,listen=x", "HOST:PORT"},
-           {"stream,listen=" + dir_ + "/none/socket", "listen="},
+           {"stream,listen=" + dir_ / "none/socket", "listen="},
            {"stream,connect=1.2.3.4:5,listen=1.2.3.4:5", "one of"},
            {"stream,connect=127.0.0.1:1,reconnect=1", "reconnect"}})
     run_refused({"--net", text}, part);
@@ -146,14 +144,14 @@ TEST_F(BadInput, NoKernel) {
 TEST_F(BadInput, DiskWithoutAKernel) {
   refused({"run", "--accel", accelerator, file("disk.raw", std::string(1 << 20, '\0'))},
           "no kernel on this disk");
-  refused({"run", "--accel", accelerator, dir_ + "/none.qcow2"}, "none.qcow2: cannot be opened");
+  refused({"run", "--accel", accelerator, dir_ / "none.qcow2"}, "none.qcow2: cannot be opened");
   refused({"run", "--snapshot", "--kernel", LODGE_GUEST}, "--snapshot");
 }
 TEST_F(BadInput, MissingKernel) {
-  refused({"run", "--kernel", dir_ + "/none"}, "No such file");
+  refused({"run", "--kernel", dir_ / "none"}, "No such file");
 }
 TEST_F(BadInput, DirectoryAsKernel) {
-  refused({"run", "--kernel", dir_}, "directory");
+  refused({"run", "--kernel", dir_.path()}, "directory");
 }
 TEST_F(BadInput, EmptyKernel) {
   refused({"run", "--kernel", file("empty", "")}, "--kernel");
@@ -174,7 +172,7 @@ TEST_F(BadInput, TruncatedKernel) {
 }
 
 TEST_F(BadInput, MissingInitrd) {
-  run_refused({"--initrd", dir_ + "/none"}, "--initrd");
+  run_refused({"--initrd", dir_ / "none"}, "--initrd");
 }
 
 TEST_F(BadInput, InitrdLargerThanMemory) {
@@ -215,14 +213,14 @@ TEST_F(BadInput, FiveSerialPorts) {
       "--serial");
 }
 TEST_F(BadInput, SerialFileThatCannotBeWritten) {
-  run_refused({"--serial", "file:" + dir_ + "/no/file"}, "--serial");
+  run_refused({"--serial", "file:" + dir_ / "no/file"}, "--serial");
 }
 TEST_F(BadInput, FilesOfSerialPortsAreAsBefore) {
   const std::string old = file("old", "precious"), kernel = file("text", "This is not a kernel.\n");
-  refused({"run", "--kernel", kernel, "--accel", accelerator, "--serial", "file:" + dir_ + "/new", "--serial",
+  refused({"run", "--kernel", kernel, "--accel", accelerator, "--serial", "file:" + dir_ / "new", "--serial",
            "file:" + old},
           "--kernel");
-  run_refused({"--serial", "file:" + dir_ + "/new", "--serial", "file:" + dir_ + "/no/file"}, "--serial");
+  run_refused({"--serial", "file:" + dir_ / "new", "--serial", "file:" + dir_ / "no/file"}, "--serial");
   std::ifstream stream(old);
   EXPECT_EQ(std::string((std::istreambuf_iterator<char>(stream)), {}), "precious");
 }

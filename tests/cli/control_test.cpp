@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -23,16 +24,9 @@ constexpr Seconds patience(60);
 
 class Control : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string pattern = testing::TempDir() + "lodge-XXXXXX";
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    directory_ = pattern;
-  }
-  void TearDown() override { std::filesystem::remove_all(directory_); }
-
   // The command, in a runtime directory of the test's own.
   std::vector<std::string> lodge(std::vector<std::string> arguments) const {
-    std::vector<std::string> all = {"/usr/bin/env", "XDG_RUNTIME_DIR=" + directory_, LODGE_BINARY};
+    std::vector<std::string> all = {"/usr/bin/env", "XDG_RUNTIME_DIR=" + directory_.path(), LODGE_BINARY};
     all.insert(all.end(), arguments.begin(), arguments.end());
     return all;
   }
@@ -50,7 +44,7 @@ class Control : public testing::Test {
     EXPECT_EQ(result.status, 0) << result.err;
     return nlohmann::json::parse(result.out, nullptr, false);
   }
-  std::string directory_;
+  TemporaryDirectory directory_;
 };
 
 TEST_F(Control, AMachineIsListedAskedAndEndedByItsName) {
@@ -107,32 +101,32 @@ TEST_F(Control, StatisticsAreLive) {
 }
 
 TEST_F(Control, AResetIsANewMachineBehindTheSameSocket) {
-  Process process(machine("h", {"--control", directory_ + "/socket"}));
+  Process process(machine("h", {"--control", directory_ / "socket"}));
   ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
-  EXPECT_EQ(run({"ctl", directory_ + "/socket", "reset"}).status, 0);
+  EXPECT_EQ(run({"ctl", directory_ / "socket", "reset"}).status, 0);
   ASSERT_TRUE(process.wait_output("halted\nhalted\n", patience)) << process.err();
-  EXPECT_EQ(asked({"ctl", directory_ + "/socket", "stats", "--json"})["resets"], 1);
+  EXPECT_EQ(asked({"ctl", directory_ / "socket", "stats", "--json"})["resets"], 1);
   // A guest without drivers can be told things, and some cannot be done.
-  EXPECT_EQ(run({"ctl", directory_ + "/socket", "console-resize", "100x40"}).status, 0);
+  EXPECT_EQ(run({"ctl", directory_ / "socket", "console-resize", "100x40"}).status, 0);
   for (const auto& [command, message] :
        {std::pair{"powerdown", "power button"}, std::pair{"disk-resize disk0 1G", "no disk"}}) {
-    std::vector<std::string> words = {"ctl", directory_ + "/socket"};
+    std::vector<std::string> words = {"ctl", directory_ / "socket"};
     std::istringstream text(command);
     for (std::string word; text >> word;) words.push_back(word);
     const Result result = run(words);
     EXPECT_EQ(result.status, 12) << command;
     EXPECT_THAT(result.err, HasSubstr(message));
   }
-  EXPECT_EQ(run({"ctl", directory_ + "/socket", "balloon", "8M"}).status, 0);
-  EXPECT_THAT(run({"ctl", directory_ + "/socket", "balloon"}).out,
+  EXPECT_EQ(run({"ctl", directory_ / "socket", "balloon", "8M"}).status, 0);
+  EXPECT_THAT(run({"ctl", directory_ / "socket", "balloon"}).out,
               HasSubstr("target      8 MiB\nactual      0 MiB\n"));
-  EXPECT_THAT(run({"ctl", directory_ + "/socket", "balloon", "hint"}).err, HasSubstr("no driver"));
+  EXPECT_THAT(run({"ctl", directory_ / "socket", "balloon", "hint"}).err, HasSubstr("no driver"));
   process.signal(SIGQUIT);
   EXPECT_EQ(process.wait_exit(patience), 10);
 }
 
 TEST_F(Control, ADiskGrows) {
-  const std::string disk = directory_ + "/disk.raw";
+  const std::string disk = directory_ / "disk.raw";
   ASSERT_EQ(run({"image", "create", "--format", "raw", disk, "1M"}).status, 0);
   Process process(machine("h", {"--name", "db", "--disk", disk}));
   ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
@@ -157,29 +151,29 @@ TEST_F(Control, ANameBelongsToOneMachineAndOutlivesAKilledOne) {
     first.signal(SIGKILL);
     first.wait_exit(patience);
   }
-  EXPECT_TRUE(std::filesystem::exists(directory_ + "/lodge/one.sock"));
+  EXPECT_TRUE(std::filesystem::exists(directory_ / "lodge/one.sock"));
   const Result result = run({"ctl", "one", "status"});
   EXPECT_EQ(result.status, 2);
   EXPECT_THAT(result.err, HasSubstr("no machine listens"));
   EXPECT_EQ(testing_support::run(machine("o", {"--name", "one"}), patience).status, 0);
-  EXPECT_FALSE(std::filesystem::exists(directory_ + "/lodge/one.sock"));
+  EXPECT_FALSE(std::filesystem::exists(directory_ / "lodge/one.sock"));
 }
 
 // The guest has no driver for slots: what is plugged in stays over a reset, and what shall go goes with one.
 TEST_F(Control, DevicesComeAndGoInSlots) {
   for (const char* name : {"one", "two"})
-    ASSERT_EQ(run({"image", "create", directory_ + "/" + name, "1M"}).status, 0);
-  Process process(machine("h", {"--name", "hot", "--hotplug", "2", "--disk", directory_ + "/one"}));
+    ASSERT_EQ(run({"image", "create", directory_ / name, "1M"}).status, 0);
+  Process process(machine("h", {"--name", "hot", "--hotplug", "2", "--disk", directory_ / "one"}));
   ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
   EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  empty\nhotplug2  empty\n");
-  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ + "/two,id=data,readonly"}).out, "hotplug1\n");
+  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ / "two,id=data,readonly"}).out, "hotplug1\n");
   EXPECT_EQ(asked({"ctl", "hot", "add-device", "virtio-rng", "--json"}),
             nlohmann::json({{"slot", "hotplug2"}}));
   EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  virtio-blk  data\nhotplug2  virtio-rng\n");
   EXPECT_EQ(run({"ctl", "hot", "disks"}).out, "disk0  qcow2  1 MiB\ndata  qcow2  1 MiB  read-only\n");
   for (const auto& [words, message] : std::vector<std::pair<std::vector<std::string>, std::string>>{
            {{"add-network", "user"}, "slots are full (2 of them)"},
-           {{"add-disk", directory_ + "/one,bus=hotplug1"}, "given twice"},
+           {{"add-disk", directory_ / "one,bus=hotplug1"}, "given twice"},
            {{"add-device", "watchdog"}, "watchdog cannot come to a running machine"},
            {{"remove", "disk0"}, "no slot has a device 'disk0'"}}) {
     std::vector<std::string> all = {"ctl", "hot"};
@@ -192,13 +186,13 @@ TEST_F(Control, DevicesComeAndGoInSlots) {
     EXPECT_EQ(run({"ctl", "hot", "qmp", "device_del", fmt::format(R"({{"id": "{}"}})", name)}).status, 0);
   EXPECT_EQ(run({"ctl", "hot", "slots"}).out,
             "hotplug1  virtio-blk  data  asked to leave\nhotplug2  virtio-rng  asked to leave\n");
-  EXPECT_EQ(run({"image", "resize", directory_ + "/two", "2M"}).status, 2) << "the machine still has it";
+  EXPECT_EQ(run({"image", "resize", directory_ / "two", "2M"}).status, 2) << "the machine still has it";
 
   EXPECT_EQ(run({"ctl", "hot", "reset"}).status, 0);
   ASSERT_TRUE(process.wait_output("halted\nhalted\n", patience)) << process.err();
   EXPECT_EQ(run({"ctl", "hot", "slots"}).out, "hotplug1  empty\nhotplug2  empty\n");
-  EXPECT_EQ(run({"image", "resize", directory_ + "/two", "2M"}).status, 0);
-  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ + "/two"}).out, "hotplug1\n");
+  EXPECT_EQ(run({"image", "resize", directory_ / "two", "2M"}).status, 0);
+  EXPECT_EQ(run({"ctl", "hot", "add-disk", directory_ / "two"}).out, "hotplug1\n");
   EXPECT_EQ(run({"ctl", "hot", "reset"}).status, 0);
   ASSERT_TRUE(process.wait_output("halted\nhalted\nhalted\n", patience)) << process.err();
   EXPECT_EQ(run({"ctl", "hot", "disks"}).out, "disk0  qcow2  1 MiB\ndisk1  qcow2  2 MiB\n");

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/fd.hpp"
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -21,10 +22,7 @@ using testing_support::Seconds;
 
 class ImageCommand : public testing::Test {
  protected:
-  ImageCommand() { std::filesystem::create_directory(dir_); }
-  ~ImageCommand() override { std::filesystem::remove_all(dir_); }
-
-  std::string path(const std::string& name) const { return dir_ + "/" + name; }
+  std::string path(const std::string& name) const { return dir_ / name; }
   static Result image(std::vector<std::string> arguments) {
     arguments.insert(arguments.begin(), {LODGE_BINARY, "image"});
     return testing_support::run(arguments, Seconds(60));
@@ -60,7 +58,7 @@ class ImageCommand : public testing::Test {
     return {std::istreambuf_iterator<char>(file), {}};
   }
 
-  std::string dir_ = testing::TempDir() + "lodge-image-" + std::to_string(getpid());
+  TemporaryDirectory dir_;
 };
 
 TEST_F(ImageCommand, CreateMakesWhatInfoTells) {

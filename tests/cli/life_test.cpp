@@ -7,6 +7,7 @@
 #include <fstream>
 #include <thread>
 
+#include "base/temporary_directory.hpp"
 #include "vm/accelerator.hpp"
 #include "vm/virtual_machine.hpp"
 
@@ -20,11 +21,9 @@ class Life : public testing::TestWithParam<Accelerator> {
   void SetUp() override {
     if (GetParam() == Accelerator::kvm && ::access("/dev/kvm", R_OK | W_OK) != 0)
       GTEST_SKIP() << "no usable /dev/kvm";
-    std::filesystem::create_directory(dir_);
   }
-  void TearDown() override { std::filesystem::remove_all(dir_); }
 
-  std::string output(const std::string& name) const { return dir_ + "/" + name; }
+  std::string output(const std::string& name) const { return dir_ / name; }
   std::unique_ptr<VirtualMachine> machine(const std::string& name, const std::string& action) {
     VmConfig config;
     config.name = name;
@@ -45,7 +44,7 @@ class Life : public testing::TestWithParam<Accelerator> {
     return false;
   }
 
-  std::string dir_ = testing::TempDir() + "lodge-life-" + std::to_string(getpid());
+  TemporaryDirectory dir_;
 };
 
 TEST_P(Life, TwoMachinesLiveInOneProcess) {

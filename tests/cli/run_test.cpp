@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -75,8 +76,9 @@ TEST_P(Run, ResetStartsTheKernelAnew) {
 
 // As when a guest has removed the kernel from the disk that it was booted from.
 TEST_P(Run, AResetWithoutAKernelEndsWithAReason) {
-  const std::string kernel = testing::TempDir() + "lodge-kernel-" + std::to_string(::getpid());
-  std::filesystem::copy_file(LODGE_GUEST, kernel, std::filesystem::copy_options::overwrite_existing);
+  const TemporaryDirectory directory;
+  const std::string kernel = directory / "kernel";
+  std::filesystem::copy_file(LODGE_GUEST, kernel);
   Process process(
       {LODGE_BINARY, "run", "--kernel", kernel, "--memory", "16M", "--accel", GetParam(), "--append", "r"});
   EXPECT_TRUE(process.wait_output("reset?\nreset?\n", patience)) << process.out() << process.err();
@@ -105,14 +107,14 @@ TEST_P(Run, InputReachesTheGuestAndItsEndDoesNoHarm) {
 }
 
 TEST_P(Run, SerialPortsGoWhereTheyAreToldTo) {
-  const std::string file = testing::TempDir() + "lodge-serial-" + std::to_string(getpid());
+  const TemporaryDirectory directory;
+  const std::string file = directory / "serial";
   const Result result = run("o", {"--serial", "file:" + file, "--serial", "null", "--serial", "pty"});
   EXPECT_EQ(result.status, 0) << result.err;
   EXPECT_EQ(result.out, "");
   EXPECT_THAT(result.err, HasSubstr("serial port 3 is /dev/pts/"));
   std::ifstream stream(file);
   EXPECT_EQ(std::string((std::istreambuf_iterator<char>(stream)), {}), "hello\n");
-  std::filesystem::remove(file);
 }
 
 TEST_P(Run, AsManyFilesMayBeOpenAsTheHostPermits) {

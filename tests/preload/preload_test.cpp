@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <filesystem>
 
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {
@@ -56,13 +57,12 @@ TEST(KvmCheck, RefusesAStaticProgram) {
 
 TEST(KvmCheck, RefusesASetUserIdProgramOfAnother) {
   if (::geteuid() != 0) GTEST_SKIP() << "making a file of another user's needs root";
-  const std::filesystem::path program =
-      std::filesystem::temp_directory_path() / ("lodge-setuid-" + std::to_string(::getpid()));
+  const TemporaryDirectory directory;
+  const std::string program = directory / "program";
   std::filesystem::copy_file(LODGE_KVM_CLIENT, program);
   ASSERT_EQ(::chown(program.c_str(), 65534, 65534), 0);
   ASSERT_EQ(::chmod(program.c_str(), 04755), 0);
-  const auto result = run({LODGE_BINARY, "kvm", "--check", "--", program.string()}, patience);
-  std::filesystem::remove(program);
+  const auto result = run({LODGE_BINARY, "kvm", "--check", "--", program}, patience);
   EXPECT_EQ(result.status, 2);
   EXPECT_THAT(result.err, HasSubstr("set-user-ID"));
 }

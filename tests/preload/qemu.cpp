@@ -9,12 +9,11 @@
 #include <array>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <regex>
 #include <stdexcept>
-
-#include "base/error.hpp"
 
 namespace lodge::testing_support {
 namespace {
@@ -22,12 +21,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr auto pause = std::chrono::milliseconds(100);
 constexpr unsigned columns = 80, lines = 25;
-
-std::filesystem::path make_directory() {
-  std::string name = (std::filesystem::temp_directory_path() / "lodge-qemu-XXXXXX").string();
-  if (::mkdtemp(name.data()) == nullptr) throw_errno("cannot make a directory for QEMU");
-  return name;
-}
 
 std::vector<std::string> command_line(const std::vector<std::string>& arguments, const std::string& socket) {
   std::vector<std::string> line = {LODGE_BINARY,
@@ -56,13 +49,6 @@ bool uses_the_hosts_kvm(pid_t pid) {
 }
 
 }  // namespace
-
-Directory::Directory() : path_(make_directory()) {}
-
-Directory::~Directory() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
 
 Qemu::Qemu(const std::vector<std::string>& arguments)
     : process_(command_line(arguments, directory_ / "qmp")) {

@@ -5,32 +5,19 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "base/fd.hpp"
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge::testing_support {
 
 // For a loaded machine: an idle one needs a tenth of it.
 inline constexpr Seconds qemu_patience(240);
-
-// A directory that goes with the object.
-class Directory {
- public:
-  Directory();
-  ~Directory();
-  Directory(const Directory&) = delete;
-  Directory& operator=(const Directory&) = delete;
-  std::string operator/(std::string_view name) const { return (path_ / name).string(); }
-
- private:
-  std::filesystem::path path_;
-};
 
 // Every function throws std::runtime_error, with what QEMU printed, when QEMU refuses or is gone.
 class Qemu {
@@ -61,7 +48,7 @@ class Qemu {
   std::string receive_line();
   [[noreturn]] void fail(const std::string& what);
 
-  Directory directory_;
+  TemporaryDirectory directory_;
   Process process_;
   Fd socket_;
   std::string received_;

@@ -1,5 +1,6 @@
 // What boots under QEMU on `lodge kvm`: firmware, boot loaders, memory tests, an installer, and kernels. All
 // guests are Debian's, but for one program of ours.
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <random>
@@ -12,7 +13,6 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::Not;
-using testing_support::Directory;
 using testing_support::Qemu;
 
 const std::string firmware = LODGE_GUESTS "/firmware/";
@@ -90,7 +90,7 @@ TEST(QemuFirmware, MemtestCompletesAWholePass) {
 }
 
 TEST(QemuFirmware, RealModeProgramUsesTheBios) {
-  Directory directory;
+  TemporaryDirectory directory;
   const std::string disk = directory / "floppy";  // written to
   std::filesystem::copy_file(LODGE_REAL_MODE, disk);
   std::filesystem::resize_file(disk, 1440 * 1024);
@@ -105,7 +105,7 @@ TEST(QemuFirmware, RealModeProgramUsesTheBios) {
 // --- UEFI
 
 void reaches_the_shell(const std::string& machine) {
-  Directory directory;
+  TemporaryDirectory directory;
   const std::string variables = directory / "variables";
   std::filesystem::copy_file(firmware + "OVMF_VARS_4M.fd", variables);
   Qemu qemu({"-machine", machine, "-m", "256M", "-nic", "none", "-drive",
@@ -135,7 +135,7 @@ TEST(QemuFirmware, OvmfWithSecureBootWritesAVariable) {
   NEEDS_FIRMWARE();
   const std::string code = firmware + "OVMF_CODE_4M.secboot.fd";
   if (!std::filesystem::exists(code)) GTEST_SKIP() << code << " is not there: run scripts/fetch-guests";
-  Directory directory;
+  TemporaryDirectory directory;
   const std::string variables = directory / "variables";
   std::filesystem::copy_file(firmware + "OVMF_VARS_4M.fd", variables);
   Qemu qemu({"-machine", "q35,smm=on", "-smp", "2", "-m", "256M", "-nic", "none", "-global",
@@ -257,7 +257,7 @@ class QemuDisk : public testing::Test {
 
  private:
   const std::string guest_ = std::string(LODGE_GUESTS) + "/cloud";
-  Directory directory_;
+  TemporaryDirectory directory_;
 };
 
 constexpr const char* with_value = "kvm_set_ioeventfd_(pio|mmio) [^\n]* assign: 1 [^\n]* match: 1";

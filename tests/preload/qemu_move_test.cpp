@@ -3,6 +3,7 @@
 
 #include <charconv>
 #include <chrono>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 
@@ -13,7 +14,6 @@ namespace {
 
 using ::testing::HasSubstr;
 using ::testing::Not;
-using testing_support::Directory;
 using testing_support::Qemu;
 using testing_support::qemu_patience;
 using testing_support::Seconds;
@@ -79,7 +79,7 @@ class QemuMove : public testing::Test {
     EXPECT_THAT(qemu.output(), Not(HasSubstr("WRONG")));
   }
 
-  Directory directory_;
+  TemporaryDirectory directory_;
 
  private:
   static std::string guest() { return std::string(LODGE_GUESTS) + "/cloud"; }

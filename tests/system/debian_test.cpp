@@ -6,7 +6,7 @@
 
 #include <fstream>
 
-#include "block/temporary_directory.hpp"
+#include "base/temporary_directory.hpp"
 #include "guestfs/iso9660.hpp"
 #include "system/guest.hpp"
 #include "system/http_server.hpp"
@@ -118,7 +118,7 @@ void write_volume(const std::string& path) {
 
 TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
   NEEDS_GUEST("debian");
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   const std::string overlay = directory / "overlay.qcow2";
   make_overlay("debian", overlay);
   std::string file;
@@ -173,7 +173,7 @@ TEST_F(Debian, WorksAndLeavesItsDiskWhole) {
 // With the guest of `scripts/fetch-guests cloud-init`, which is not fetched unasked.
 TEST_F(Debian, CloudInitTakesItsSettings) {
   NEEDS_GUEST("cloud-init");
-  const block::TemporaryDirectory directory;
+  const TemporaryDirectory directory;
   const std::string overlay = directory / "overlay.qcow2", key = guest("cloud-init") + "/key.pub";
   make_overlay("cloud-init", overlay);
   const uint16_t port = free_port();

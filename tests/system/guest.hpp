@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/temporary_directory.hpp"
 #include "support/process.hpp"
 
 namespace lodge {

@@ -1,7 +1,6 @@
 // What an option promises beside the device itself, seen from inside a guest and on the host: rate limits of
 // disk and network, the MTU, a capture, and a qcow2 image whose data lie in a file of their own.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <cstring>
 #include <fstream>
@@ -17,9 +16,7 @@ constexpr size_t MiB = 1 << 20;
 
 class Limits : public Boot {
  protected:
-  Limits() { std::filesystem::create_directories(directory); }
-  ~Limits() override { std::filesystem::remove_all(directory); }
-  std::string path(const std::string& name) const { return directory + "/" + name; }
+  std::string path(const std::string& name) const { return directory / name; }
   static std::string read(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     return {std::istreambuf_iterator<char>(file), {}};
@@ -47,7 +44,7 @@ class Limits : public Boot {
       bytes += word(at + 8);
     return at == file.size() ? bytes : 0;
   }
-  const std::string directory = testing::TempDir() + "lodge-limits-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
 };
 
 // A limit is a lower bound of time, whatever else the host does: 4 MiB at 1 MiB a second, of which a tenth of

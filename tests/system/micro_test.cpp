@@ -24,8 +24,8 @@ class Micro : public Boot {
 
 TEST_F(Micro, EveryDeviceWorksAndPowersOff) {
   NEEDS_GUEST("cloud");
-  const std::string disk = testing::TempDir() + "lodge-micro-disk-" + std::to_string(::getpid());
-  const std::string port = testing::TempDir() + "lodge-micro-port-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string disk = directory / "disk", port = directory / "port";
   {
     std::ofstream file(disk, std::ios::binary);
     for (uint32_t i = 0; i < 2u << 20; i++) file.put(static_cast<char>(i * 2654435761u >> 24));
@@ -56,14 +56,13 @@ TEST_F(Micro, EveryDeviceWorksAndPowersOff) {
   std::string text;
   std::getline(file, text);
   EXPECT_EQ(text, "through");
-  std::filesystem::remove(disk);
-  std::filesystem::remove(port);
 }
 
 // Every machine has a balloon: behind MMIO it is steered and gives memory back, too.
 TEST_F(Micro, TheBalloonTakesMemoryFromTheGuest) {
   NEEDS_GUEST("cloud");
-  const std::string path = testing::TempDir() + "lodge-micro-balloon-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "socket";
   Process process(micro("console=ttyS0 quiet lodge.mode=shell", {"--control", path}));
   ASSERT_TRUE(process.wait_output("This is a shell in the guest.", boot_patience))
       << process.out() << process.err();

@@ -13,9 +13,6 @@ using testing::ContainsRegex;
 
 class Network : public Boot {
  protected:
-  Network() { std::filesystem::create_directories(directory); }
-  ~Network() override { std::filesystem::remove_all(directory); }
-
   // Programs in a network of their own, which end with the one that starts them.
   static std::vector<std::string> in_own_network() {
     std::vector<std::string> words = {"/usr/bin/unshare", "--net", "--pid", "--fork", "--kill-child"};
@@ -39,7 +36,7 @@ class Network : public Boot {
         << process.out() << process.err();
   }
 
-  const std::string directory = testing::TempDir() + "lodge-network-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
 };
 
 // The guest loads a file and sends it back, pings and is pinged; two pairs of queues, a capture.
@@ -47,7 +44,7 @@ TEST_F(Network, TapCarriesFilesAndPings) {
   NEEDS_GUEST("cloud");
   if (!host_has_taps()) GTEST_SKIP() << "this host permits no tap in a network namespace";
   {
-    std::ofstream file(directory + "/file", std::ios::binary);
+    std::ofstream file(directory / "file", std::ios::binary);
     uint32_t value = 1;
     for (unsigned i = 0; i < (4 << 20) / 4; i++) {
       value = value * 1664525 + 1013904223;
@@ -55,7 +52,7 @@ TEST_F(Network, TapCarriesFilesAndPings) {
     }
   }
   const std::string script =
-      "cd '" + directory +
+      "cd '" + directory.path() +
       "' && ip tuntap add lodge0 mode tap vnet_hdr multi_queue && ip addr add 10.77.0.1/24 dev lodge0 && "
       "ip link set lodge0 up || exit 99\n"
       "busybox httpd -f -p 10.77.0.1:8080 -h . &\n"
@@ -68,7 +65,7 @@ TEST_F(Network, TapCarriesFilesAndPings) {
   words.insert(words.end(), {"/bin/sh", "-c", script, "sh"});
   const auto lodge =
       command("cloud", "console=ttyS0 quiet lodge.mode=shell",
-              {"--cpus", "2", "--net", "tap,ifname=lodge0,queues=2,pcap=" + directory + "/pcap"});
+              {"--cpus", "2", "--net", "tap,ifname=lodge0,queues=2,pcap=" + directory / "pcap"});
   words.insert(words.end(), lodge.begin(), lodge.end());
   Process process(words);
   expect_shell(process);
@@ -78,20 +75,20 @@ TEST_F(Network, TapCarriesFilesAndPings) {
       "ls /sys/class/net/eth0/queues; ping -c 3 10.77.0.1; sleep 2; echo script=$((40+2)); poweroff -f\n");
   ASSERT_TRUE(process.wait_output("script=42", boot_patience)) << process.out() << process.err();
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
-  const std::string sum = sum_of(directory + "/file");
+  const std::string sum = sum_of(directory / "file");
   EXPECT_THAT(process.out(), HasSubstr(sum + "  /tmp/file"));
-  EXPECT_EQ(sum_of(directory + "/back"), sum);
+  EXPECT_EQ(sum_of(directory / "back"), sum);
   EXPECT_THAT(process.out(), HasSubstr("3 packets received"));
   EXPECT_THAT(process.out(), ContainsRegex("rx-1"));
-  EXPECT_THAT(read(directory + "/ping"), HasSubstr("2 packets received"));
-  const std::string captured = read(directory + "/pcap");
+  EXPECT_THAT(read(directory / "ping"), HasSubstr("2 packets received"));
+  const std::string captured = read(directory / "pcap");
   EXPECT_GT(captured.size(), size_t{8} << 20);
   EXPECT_EQ(captured.substr(0, 4), "\x4d\x3c\xb2\xa1");
 }
 
 TEST_F(Network, TwoMachinesOverAStream) {
   NEEDS_GUEST("cloud");
-  const std::string address = directory + "/cable";
+  const std::string address = directory / "cable";
   const auto start = [&](const std::string& end) {
     return command(
         "cloud", "console=ttyS0 quiet lodge.mode=shell",

@@ -2,7 +2,6 @@
 // compiler whose output has the same bytes as on the host. And every block of a boot by both tiers.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -92,12 +91,9 @@ std::string compiled(const std::string& output) {
 }
 
 TEST_F(Stress, TheCompilerBuildsTheSameBytesAsHere) {
-  const std::filesystem::path here =
-      std::filesystem::temp_directory_path() / ("lodge-compile-" + std::to_string(::getpid()));
-  std::filesystem::create_directories(here);
+  const TemporaryDirectory here;
   const testing_support::Result native = testing_support::run(
-      {"/bin/sh", LODGE_STRESS "/compile.sh", guest("stress") + "/root", here.string()}, patience);
-  std::filesystem::remove_all(here);
+      {"/bin/sh", LODGE_STRESS "/compile.sh", guest("stress") + "/root", here.path()}, patience);
   ASSERT_EQ(native.status, 0) << native.err;
   const std::string wanted = compiled(native.out);
   ASSERT_EQ(std::count(wanted.begin(), wanted.end(), '\n'), 5 * 4);  // levels, files

@@ -69,7 +69,8 @@ TEST_F(Virtio, EntropyByEveryInterface) {
 
 TEST_F(Virtio, ConsoleAndNamedPort) {
   NEEDS_GUEST("cloud");
-  const std::string path = testing::TempDir() + "lodge-port-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "port";
   Process process(command(
       "cloud", "console=hvc0 quiet lodge.mode=shell",
       {"--serial", "null", "--device", "virtio-console,console=stdio,port1=org.lodge.test:file:" + path}));
@@ -97,13 +98,12 @@ TEST_F(Virtio, ConsoleAndNamedPort) {
   std::string text;
   std::getline(file, text);
   EXPECT_EQ(text, "through");
-  std::filesystem::remove(path);
 }
 
-// A file of `size` bytes that no two tests share; gone with the object.
+// A file of `size` bytes in a directory of its own, for what the test makes of it; both gone with the object.
 class DiskFile {
  public:
-  explicit DiskFile(uint64_t size) : path(testing::TempDir() + "lodge-disk-" + std::to_string(::getpid())) {
+  explicit DiskFile(uint64_t size) {
     std::ofstream file(path, std::ios::binary);
     uint32_t value = 1;
     for (uint64_t i = 0; i < size / 4; i++) {
@@ -111,12 +111,12 @@ class DiskFile {
       file.write(reinterpret_cast<const char*>(&value), sizeof value);
     }
   }
-  ~DiskFile() { std::filesystem::remove(path); }
   // As the tool of this name on the host prints it.
   std::string sha256() const {
     return testing_support::run({"/usr/bin/sha256sum", path}, Seconds(60)).out.substr(0, 64);
   }
-  std::string path;
+  TemporaryDirectory directory;
+  std::string path = directory / "disk";
 };
 
 TEST_F(Virtio, DiskIsReadAndWritten) {
@@ -169,7 +169,6 @@ TEST_F(Virtio, DiscardedSpaceGoesBackToTheHost) {
   EXPECT_LE(held_for(disk.path), 8 * MiB + MiB / 4);
   EXPECT_LE(held_for(qcow2), 8 * MiB + MiB);  // and its tables
   EXPECT_EQ(testing_support::run({LODGE_BINARY, "image", "check", qcow2}, Seconds(60)).status, 0);
-  std::filesystem::remove(qcow2);
 }
 
 // A disk behind a PCI Express root port, which the kernel lets go and finds again, and a port that is empty.
@@ -189,7 +188,6 @@ TEST_F(Virtio, RootPortLeadsToADisk) {
       {"--disk", disk.path + ",bus=first", "--disk", other + ",slot=7", "--device",
        "pcie-root-port,id=first,slot=5", "--device", "pcie-root-port,id=second,slot=6"},
       "pci=resource_alignment=20@pci:1af4:1001 ");
-  std::filesystem::remove(other);
   EXPECT_THAT(out, HasSubstr("0x1af4"));
   EXPECT_THAT(out, ContainsRegex("PCI-MSI.*virtio[0-9]-req"));
   EXPECT_THAT(out, ContainsRegex("0000:00:05.0: pciehp: Slot #1 .*HotPlug. Surprise."));
@@ -257,7 +255,6 @@ TEST_F(Virtio, DevicesComeAndGoWhileTheGuestRuns) {
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
   EXPECT_THAT(process.out(), HasSubstr(disk.sha256() + "  /dev/vdb"));
   EXPECT_THAT(process.out(), testing::Not(HasSubstr("eth1\r\n")));
-  for (const std::string& file : {other, other + ".raw"}) std::filesystem::remove(file);
 }
 
 // Drivers before VirtIO 1.0: registers in ports, one block for each split queue, with and without MSI-X.
@@ -364,7 +361,8 @@ TEST_F(Virtio, FreedAndInflatedMemoryGoesBackToTheHost) {
 // Keys and the pointer arrive as the kernel's input events; the kernel's lights arrive here.
 TEST_F(Virtio, KeysAndPointerReachTheGuest) {
   NEEDS_GUEST("cloud");
-  const std::string path = testing::TempDir() + "lodge-input-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "socket";
   const auto ctl = [&](std::vector<std::string> words) {
     words.insert(words.begin(), {LODGE_BINARY, "ctl", path});
     const auto result = testing_support::run(words, answer_patience);
@@ -414,7 +412,8 @@ TEST_F(Virtio, KeysAndPointerReachTheGuest) {
 
 TEST_F(Virtio, TheBalloonIsSteeredWhileTheGuestRuns) {
   NEEDS_GUEST("cloud");
-  const std::string path = testing::TempDir() + "lodge-balloon-" + std::to_string(::getpid());
+  const TemporaryDirectory directory;
+  const std::string path = directory / "socket";
   const auto ctl = [&](std::vector<std::string> words) {
     words.insert(words.begin(), {LODGE_BINARY, "ctl", path});
     const auto result = testing_support::run(words, answer_patience);
@@ -479,8 +478,6 @@ TEST_F(Virtio, ReadOnlyAndSnapshotDisksKeepTheirFile) {
 class SharedFolder {
  public:
   SharedFolder() {
-    std::string pattern = testing::TempDir() + "lodge-shared-XXXXXX";
-    top = ::mkdtemp(pattern.data());
     fs::create_directories(path() / "tree/deep/deeper");
     std::ofstream(top / "secret") << "not for the guest";
     fs::create_symlink("../secret", path() / "up");
@@ -489,7 +486,6 @@ class SharedFolder {
       std::ofstream(path() / "tree/deep" / std::to_string(i))
           << std::string(static_cast<size_t>(i) * 97, 'a');
   }
-  ~SharedFolder() { fs::remove_all(top); }
   fs::path path() const { return top / "shared"; }
   // Of all files below `under`, with their names, as the tools of the host see them; sorted.
   std::string sums(const std::string& under) const {
@@ -499,7 +495,8 @@ class SharedFolder {
         Seconds(60));
     return result.out.substr(0, 64);
   }
-  fs::path top;
+  TemporaryDirectory directory;
+  const fs::path top = directory.path();
 };
 
 TEST_F(Virtio, SharedFolderIsReadAndWritten) {

@@ -3,7 +3,6 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <unistd.h>
 
 #include <array>
 #include <cstring>
@@ -58,15 +57,15 @@ std::string pattern(size_t size) {
 
 TEST_F(Vsock, HostAndGuestTalkOverSockets) {
   NEEDS_GUEST("cloud");
-  std::string directory = testing::TempDir() + "lodge-vsock-XXXXXX";
-  ASSERT_TRUE(::mkdtemp(directory.data()));
-  const std::string path = directory + "/vm.sock", extra = directory + "/initramfs";
-  fs::copy_file(LODGE_GUEST_VSOCK, directory + "/vsock");
-  ASSERT_EQ(testing_support::run(
-                {"/bin/sh", "-c", "cd " + directory + " && echo vsock | cpio --quiet -o -H newc >initramfs"},
-                Seconds(60))
-                .status,
-            0);
+  const TemporaryDirectory directory;
+  const std::string path = directory / "vm.sock", extra = directory / "initramfs";
+  fs::copy_file(LODGE_GUEST_VSOCK, directory / "vsock");
+  ASSERT_EQ(
+      testing_support::run(
+          {"/bin/sh", "-c", "cd " + directory.path() + " && echo vsock | cpio --quiet -o -H newc >initramfs"},
+          Seconds(60))
+          .status,
+      0);
   const Fd listener = unix_socket(path + "_99", true);
   ASSERT_TRUE(listener);
   Process process(command("cloud", "console=ttyS0 quiet lodge.mode=shell",
@@ -110,7 +109,6 @@ TEST_F(Vsock, HostAndGuestTalkOverSockets) {
   EXPECT_THAT(process.out(), HasSubstr("connect: Connection reset by peer"));
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
   EXPECT_FALSE(fs::exists(path));
-  fs::remove_all(directory);
 }
 
 }  // namespace

@@ -9,11 +9,11 @@
 #include <random>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/qcow2/check.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/qcow2/image.hpp"
 #include "block/qcow2/qemu.hpp"
-#include "block/temporary_directory.hpp"
 
 namespace lodge::block::qcow2 {
 namespace {

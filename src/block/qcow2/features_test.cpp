@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/copy.hpp"
 #include "block/memory_storage.hpp"
 #include "block/qcow2/bitmaps.hpp"
@@ -14,7 +15,6 @@
 #include "block/qcow2/compression.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/qcow2/qemu.hpp"
-#include "block/temporary_directory.hpp"
 
 namespace lodge::block::qcow2 {
 namespace {

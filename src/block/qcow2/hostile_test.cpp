@@ -8,10 +8,10 @@
 #include <fstream>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/memory_storage.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/qcow2/image.hpp"
-#include "block/temporary_directory.hpp"
 
 namespace lodge::block::qcow2 {
 namespace {

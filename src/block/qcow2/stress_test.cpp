@@ -8,11 +8,11 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "block/memory_storage.hpp"
 #include "block/qcow2/check.hpp"
 #include "block/qcow2/create.hpp"
 #include "block/qcow2/image.hpp"
-#include "block/temporary_directory.hpp"
 
 namespace lodge::block::qcow2 {
 namespace {

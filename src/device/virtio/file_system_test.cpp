@@ -3,32 +3,24 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "base/temporary_directory.hpp"
 #include "device/virtio/testing.hpp"
 #include "share/testing.hpp"
 
 namespace lodge::device::virtio {
 namespace {
 
-namespace fs = std::filesystem;
 using share::testing::bytes_of;
 using share::testing::name;
 using testing::FakeDriver;
 using testing::Rings;
 
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string pattern = fs::temp_directory_path() / "lodge-virtio-fs-XXXXXX";
-    path = ::mkdtemp(pattern.data());
-    std::ofstream(path / "file") << "contents";
-  }
-  ~TemporaryFolder() { fs::remove_all(path); }
-  fs::path path;
+struct TemporaryFolder : TemporaryDirectory {
+  TemporaryFolder() { std::ofstream(*this / "file") << "contents"; }
 };
 
 share::FuseServer::Config config() {
@@ -68,7 +60,7 @@ class FileSystemTest : public ::testing::TestWithParam<Rings> {
 
   TemporaryFolder folder;
   machine::GuestMemory memory{8 * machine::layout::MiB};
-  FileSystem device{memory, std::make_shared<share::Folder>(folder.path), "tag", config()};
+  FileSystem device{memory, std::make_shared<share::Folder>(folder.path()), "tag", config()};
   FakeDriver driver{device, memory};
 };
 
@@ -102,7 +94,7 @@ TEST_P(FileSystemTest, CarriesRequestsAndAnswers) {
   // State, with a file open; then the reset closes it.
   nlohmann::json first, second;
   device.save(first);
-  FileSystem twin(memory, std::make_shared<share::Folder>(folder.path), "tag", config());
+  FileSystem twin(memory, std::make_shared<share::Folder>(folder.path()), "tag", config());
   twin.load(first);
   twin.save(second);
   EXPECT_EQ(first, second);
@@ -123,7 +115,7 @@ TEST_P(FileSystemTest, TellsItsTag) {
 
 TEST(HostileDriver, NothingItDoesHurtsTheFileSystem) {
   const TemporaryFolder folder;
-  const auto shared = std::make_shared<share::Folder>(folder.path);
+  const auto shared = std::make_shared<share::Folder>(folder.path());
   for (unsigned seed = 0; seed < 100; seed++) {
     machine::GuestMemory memory(2 * machine::layout::MiB);
     FileSystem device(memory, shared, "tag", config());

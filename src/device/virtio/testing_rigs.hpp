@@ -5,13 +5,13 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <filesystem>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "base/temporary_directory.hpp"
 #include "device/testing.hpp"
 #include "device/virtio/balloon.hpp"
 #include "device/virtio/block.hpp"
@@ -185,9 +185,7 @@ class BalloonRig final : public Rig {
 
 class VsockRig final : public Rig {
   std::unique_ptr<Device> make(machine::GuestMemory& memory) override {
-    const auto path =
-        std::filesystem::temp_directory_path() / ("lodge-hostile-vsock-" + std::to_string(::getpid()));
-    return std::make_unique<Vsock>(memory, 3, path.string());
+    return std::make_unique<Vsock>(memory, 3, directory_ / "socket");
   }
   unsigned request(machine::GuestMemory& memory, uint64_t at, std::vector<Buffer>& buffers) override {
     memory.write(at, std::vector<uint8_t>(44));  // fits no connection
@@ -195,20 +193,13 @@ class VsockRig final : public Rig {
     return 1;
   }
   bool takes(unsigned queue) const override { return queue == 1; }
+  TemporaryDirectory directory_;
 };
 
 class FileSystemRig final : public Rig {
- public:
-  FileSystemRig() {
-    std::string pattern = std::filesystem::temp_directory_path() / "lodge-hostile-fs-XXXXXX";
-    path_ = ::mkdtemp(pattern.data());
-  }
-  ~FileSystemRig() override { std::filesystem::remove_all(path_); }
-
- private:
   std::unique_ptr<Device> make(machine::GuestMemory& memory) override {
     return std::make_unique<FileSystem>(
-        memory, std::make_shared<share::Folder>(path_), "tag",
+        memory, std::make_shared<share::Folder>(directory_.path()), "tag",
         share::FuseServer::Config{false, share::owners_of_process("", "0:0"), 16});
   }
   unsigned request(machine::GuestMemory& memory, uint64_t at, std::vector<Buffer>& buffers) override {
@@ -216,7 +207,7 @@ class FileSystemRig final : public Rig {
     buffers = {{at, 40, false}, {at + 64, 64, true}};
     return 1;
   }
-  std::filesystem::path path_;
+  TemporaryDirectory directory_;
 };
 
 class InputRig final : public Rig {

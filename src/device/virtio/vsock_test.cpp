@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "device/virtio/testing.hpp"
 
 namespace lodge::device::virtio {
@@ -24,10 +25,6 @@ using testing::Rings;
 
 constexpr uint32_t cid = 7, room = 256 * 1024;
 constexpr size_t head = sizeof(virtio_vsock_hdr);
-
-std::string socket_path() {
-  return std::filesystem::temp_directory_path() / ("lodge-vsock-test-" + std::to_string(::getpid()));
-}
 
 // What has come within ten seconds: at least `size` bytes, or up to the end.
 std::string receive(int fd, size_t size) {
@@ -101,8 +98,9 @@ class VsockTest : public ::testing::TestWithParam<Rings> {
   }
 
   machine::GuestMemory memory{16 * machine::layout::MiB};
-  Vsock device{memory, cid, socket_path()};
-  net::UnixListener service{socket_path() + "_99", ""};
+  TemporaryDirectory directory;
+  Vsock device{memory, cid, directory / "socket"};
+  net::UnixListener service{directory / "socket_99", ""};
   FakeDriver driver{device, memory};
   std::map<uint16_t, uint64_t> buffers;
 };
@@ -137,7 +135,7 @@ TEST_P(VsockTest, TheGuestConnectsToTheHost) {
 
 TEST_P(VsockTest, TheHostConnectsToTheGuest) {
   offer(4);
-  const Fd client = net::connect_unix(socket_path());
+  const Fd client = net::connect_unix(directory / "socket");
   send(client.get(), "CONNECT 55\nearly");
   const Packet request = next();
   EXPECT_EQ(request.header.op, VIRTIO_VSOCK_OP_REQUEST);
@@ -153,7 +151,7 @@ TEST_P(VsockTest, TheHostConnectsToTheGuest) {
 
   for (const char* greeting :
        {"CONNECT x\n", "HELLO 5\n", "CONNECT 99999999999\n", "no end of the line no end of it"}) {
-    const Fd wrong = net::connect_unix(socket_path());
+    const Fd wrong = net::connect_unix(directory / "socket");
     send(wrong.get(), std::string(greeting) + (greeting[0] == 'n' ? "at all" : ""));
     EXPECT_EQ(receive(wrong.get(), 1), "") << greeting;
   }
@@ -241,7 +239,7 @@ TEST_P(VsockTest, ConnectionsDoNotOutliveSavedStateAndTheGuestIsTold) {
   const Fd peer = connected();
   nlohmann::json first, second;
   device.save(first);
-  Vsock other(memory, cid, socket_path() + "-other");
+  Vsock other(memory, cid, directory / "other");
   other.load(first);
   other.save(second);
   EXPECT_EQ(first, second);
@@ -252,13 +250,14 @@ TEST_P(VsockTest, ConnectionsDoNotOutliveSavedStateAndTheGuestIsTold) {
   other.kick(2);
   EXPECT_TRUE(still.used(2));
   EXPECT_THAT(still.get(event, 4), ::testing::ElementsAre(0, 0, 0, 0));
-  Vsock third(memory, cid + 1, socket_path() + "-third");
+  Vsock third(memory, cid + 1, directory / "third");
   EXPECT_THROW(third.load(first), UsageError);
 }
 
 TEST(Vsock, APathIsTakenOverOnlyFromTheDead) {
   machine::GuestMemory memory(2 * machine::layout::MiB);
-  const std::string path = socket_path() + "-path";
+  const TemporaryDirectory directory;
+  const std::string path = directory / "socket";
   {
     const Vsock first(memory, cid, path);
     EXPECT_THROW(Vsock(memory, cid, path), UsageError);
@@ -276,10 +275,10 @@ TEST(Vsock, APathIsTakenOverOnlyFromTheDead) {
 }
 
 TEST(HostileDriver, NothingItDoesHurtsTheSockets) {
-  const std::string path = socket_path() + "-hostile";
+  const TemporaryDirectory directory;
   for (unsigned seed = 0; seed < 100; seed++) {
     machine::GuestMemory memory(2 * machine::layout::MiB);
-    Vsock device(memory, cid, path);
+    Vsock device(memory, cid, directory / "socket");
     FakeDriver driver(device, memory);
     std::mt19937 random(seed);
     testing::attack(device, memory, 300, [&](uint32_t below) { return random() % below; });

@@ -7,13 +7,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <numeric>
 #include <sstream>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::machine::acpi {
@@ -247,16 +247,10 @@ class IaslTest : public testing::Test {
  protected:
   void SetUp() override {
     if (run("iasl -v") != 0) GTEST_SKIP() << "iasl is missing: install acpica-tools";
-    std::string name = "/tmp/lodge-acpi-XXXXXX";
-    ASSERT_NE(::mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override {
-    if (!folder_.empty()) std::filesystem::remove_all(folder_);
   }
   // Runs in the test's folder; output() is what it said.
   int run(const std::string& command) {
-    const std::string where = folder_.empty() ? "" : "cd " + folder_.string() + " && ";
+    const std::string where = "cd " + folder_.path() + " && ";
     std::unique_ptr<FILE, int (*)(FILE*)> pipe(::popen((where + command + " 2>&1").c_str(), "r"), ::pclose);
     output_.clear();
     for (int c = std::fgetc(pipe.get()); c != EOF; c = std::fgetc(pipe.get()))
@@ -287,7 +281,7 @@ class IaslTest : public testing::Test {
     }
     return text("dsdt.dsl");
   }
-  std::filesystem::path folder_;
+  TemporaryDirectory folder_;
   std::string output_;
 };
 

@@ -15,6 +15,7 @@
 #include <fstream>
 
 #include "base/error.hpp"
+#include "base/temporary_directory.hpp"
 #include "vm/control/client.hpp"
 
 namespace lodge::vm::control {
@@ -26,16 +27,11 @@ using ::testing::StartsWith;
 class ControlTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    std::string pattern = ::testing::TempDir() + "lodge-ctl-XXXXXX";
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    directory = pattern;
-    path = directory + "/machine.sock";
     const char* before = std::getenv("XDG_RUNTIME_DIR");
     if (before) runtime_before_ = before;
-    ::setenv("XDG_RUNTIME_DIR", directory.c_str(), 1);
+    ::setenv("XDG_RUNTIME_DIR", directory.path().c_str(), 1);
   }
   void TearDown() override {
-    std::filesystem::remove_all(directory);
     runtime_before_.empty() ? ::unsetenv("XDG_RUNTIME_DIR")
                             : ::setenv("XDG_RUNTIME_DIR", runtime_before_.c_str(), 1);
   }
@@ -65,7 +61,8 @@ class ControlTest : public ::testing::Test {
   }
 
   static constexpr int long_ms = 60'000;
-  std::string directory, path;
+  TemporaryDirectory directory;
+  std::string path = directory / "machine.sock";
   std::atomic<unsigned> calls = 0;
 
  private:
@@ -94,9 +91,9 @@ TEST_F(ControlTest, TheOwnerAloneMayUseTheSocketAndItGoesWithTheServer) {
 TEST_F(ControlTest, ADeadSocketIsReplacedAndALiveOneIsNot) {
   {
     Listener dead(path);
-    ASSERT_EQ(::rename(path.c_str(), (directory + "/kept").c_str()), 0);
+    ASSERT_EQ(::rename(path.c_str(), (directory / "kept").c_str()), 0);
   }
-  ASSERT_EQ(::rename((directory + "/kept").c_str(), path.c_str()), 0);
+  ASSERT_EQ(::rename((directory / "kept").c_str(), path.c_str()), 0);
   const Listener alive(path);
   EXPECT_THROW(Listener{path}, UsageError);
 }
@@ -105,12 +102,12 @@ TEST_F(ControlTest, AFileThatIsNoSocketIsLeftAlone) {
   std::ofstream(path) << "precious";
   EXPECT_THROW(Listener{path}, UsageError);
   EXPECT_TRUE(std::filesystem::exists(path));
-  EXPECT_THROW(Listener{directory + "/none/machine.sock"}, UsageError);
-  EXPECT_THROW(Listener{directory + "/" + std::string(200, 'x')}, UsageError);
+  EXPECT_THROW(Listener{directory / "none/machine.sock"}, UsageError);
+  EXPECT_THROW(Listener{directory / std::string(200, 'x')}, UsageError);
 }
 
 TEST_F(ControlTest, NamesLeadToTheDirectoryOfTheUser) {
-  EXPECT_EQ(path_of("web"), directory + "/lodge/web.sock");
+  EXPECT_EQ(path_of("web"), directory / "lodge/web.sock");
   EXPECT_EQ(path_of("./web"), "./web");
   for (const char* name : {"", ".hidden", "a b", "ä"}) EXPECT_THROW(socket_path(name), UsageError) << name;
   EXPECT_TRUE(named_sockets().empty());
@@ -128,8 +125,8 @@ TEST_F(ControlTest, NamesLeadToTheDirectoryOfTheUser) {
 }
 
 TEST_F(ControlTest, ADirectoryThatOthersMayEnterIsRefused) {
-  ASSERT_EQ(::mkdir((directory + "/lodge").c_str(), 0700), 0);
-  ASSERT_EQ(::chmod((directory + "/lodge").c_str(), 0755), 0);
+  ASSERT_EQ(::mkdir((directory / "lodge").c_str(), 0700), 0);
+  ASSERT_EQ(::chmod((directory / "lodge").c_str(), 0755), 0);
   EXPECT_THROW(socket_directory(true), UsageError);
 }
 

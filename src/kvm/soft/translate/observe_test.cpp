@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "base/mapping.hpp"
+#include "base/temporary_directory.hpp"
 #include "kvm/soft/idle_watch.hpp"
 #include "kvm/soft/soft.hpp"
 #include "kvm/soft/translate/perf_map.hpp"
@@ -264,7 +265,8 @@ TEST(PerfMapOfGuest, HasNoStaleLinesAfterTheCacheWasUsedUp) {
 }
 
 TEST(PerfMap, ForgetsOneOwnerOnly) {
-  const std::string path = testing::TempDir() + "perf-map-test";
+  const TemporaryDirectory directory;
+  const std::string path = directory / "map";
   PerfMap map(path);
   const uint8_t code[64] = {};
   const int a = 0, b = 0;
@@ -279,15 +281,13 @@ TEST(PerfMap, ForgetsOneOwnerOnly) {
   EXPECT_EQ(pieces[0].size, 32u);
   map.add(&a, code, code + 8, "three");
   EXPECT_EQ(parse(read(path)).size(), 2u);
-  ::unlink(path.c_str());
 }
 
 // /tmp is everybody's: a link that waits there must not be followed.
 TEST(PerfMap, DoesNotWriteThroughALink) {
-  const std::string victim = testing::TempDir() + "perf-map-victim";
-  const std::string path = testing::TempDir() + "perf-map-link";
+  const TemporaryDirectory directory;
+  const std::string victim = directory / "victim", path = directory / "link";
   std::ofstream(victim) << "precious";
-  std::filesystem::remove(path);
   std::filesystem::create_symlink(victim, path);
   {
     PerfMap map(path);
@@ -296,8 +296,6 @@ TEST(PerfMap, DoesNotWriteThroughALink) {
   }
   EXPECT_EQ(read(victim), "precious");
   EXPECT_THAT(read(path), Not(HasSubstr("precious")));
-  ::unlink(path.c_str());
-  ::unlink(victim.c_str());
 }
 
 TEST(PerfMap, SaysWhyItCannotBeWritten) {
