@@ -13,6 +13,8 @@
 
 namespace lodge::oracle {
 
+constexpr uint64_t arithmetic_flags = 0x8d5;  // CF, PF, AF, ZF, SF, OF
+
 struct Block {
   struct Part {
     uint16_t offset = 0, length = 0;
