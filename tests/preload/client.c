@@ -109,6 +109,11 @@ static void test_descriptors(void) {
   CHECK(close_range((unsigned)vcpu, (unsigned)vcpu, 0) == 0 && close(third) == 0 && close(50) == 0);
   vcpu = 51;
   CHECK(next_out() == 1);
+  // What the kernel refuses changes nothing.
+  CHECK(dup2(60, 51) == -1 && errno == EBADF && dup3(60, 51, 0) == -1 && errno == EBADF);
+  CHECK(dup3(0, 51, -1) == -1 && errno == EINVAL);
+  CHECK(close_range(51, 51, 1 << 30) == -1 && errno == EINVAL);
+  CHECK(next_out() == 1);
   // Another file takes the number.
   const int null = open("/dev/null", O_RDWR);
   CHECK(null >= 0 && dup2(null, 51) == 51);

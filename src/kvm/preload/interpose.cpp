@@ -78,6 +78,15 @@ int note_copy(int fd, int copy) noexcept {
   return copy;
 }
 
+// What dup2() or dup3() has answered. A number that it has not given away is still what it was.
+int note_replacement(int fd, int copy, int result) noexcept {
+  if (result < 0 || fd == copy) return result;
+  const int saved_errno = errno;
+  table().remove(copy);
+  errno = saved_errno;
+  return table().contains(fd) ? note_copy(fd, copy) : result;
+}
+
 void* finish_mapping(int fd, void* mapping, size_t size, off_t offset) noexcept {
   const auto file = table().find(fd);
   if (!file || file->foreign() || file->mapped(mapping, size, static_cast<uint64_t>(offset))) return mapping;
@@ -172,6 +181,9 @@ LODGE_EXPORT int close(int fd) {
 
 LODGE_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {
   static constinit Next<int (*)(unsigned, unsigned, int)> next("close_range");
+  // First a range that holds no descriptor: where the kernel does not know the call, or these flags, nothing
+  // is closed.
+  if (const int result = next.get()(~0u, ~0u, flags); result != 0) return result;
   if ((static_cast<unsigned>(flags) & 4u /* CLOSE_RANGE_CLOEXEC */) == 0) table().remove_range(first, last);
   return next.get()(first, last, flags);
 }
@@ -190,16 +202,12 @@ LODGE_EXPORT int dup(int fd) noexcept {
 
 LODGE_EXPORT int dup2(int fd, int copy) noexcept {
   static constinit Next<int (*)(int, int)> next("dup2");
-  if (fd != copy) table().remove(copy);
-  const int result = next.get()(fd, copy);
-  return table().contains(fd) ? note_copy(fd, result) : result;
+  return note_replacement(fd, copy, next.get()(fd, copy));
 }
 
 LODGE_EXPORT int dup3(int fd, int copy, int flags) noexcept {
   static constinit Next<int (*)(int, int, int)> next("dup3");
-  if (fd != copy) table().remove(copy);
-  const int result = next.get()(fd, copy, flags);
-  return table().contains(fd) ? note_copy(fd, result) : result;
+  return note_replacement(fd, copy, next.get()(fd, copy, flags));
 }
 
 #define LODGE_FCNTL(name)                                                   \

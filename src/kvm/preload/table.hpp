@@ -25,7 +25,8 @@ class Table {
   int add(OpenedFile opened);
   // `copy` was made of `fd` by the kernel. Whatever `copy` was before is gone.
   void duplicate(int fd, int copy) noexcept;
-  // Before the kernel closes `fd`, or makes it another file. The File goes with the last descriptor.
+  // Before the kernel closes `fd` (whose number somebody else may have right after), or when it has made it
+  // another file. The File goes with the last descriptor.
   void remove(int fd) noexcept;
   void remove_range(unsigned first, unsigned last) noexcept;
 
