@@ -101,6 +101,8 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
  private:
   void code_changed(uint64_t host_page) noexcept override;
   std::shared_ptr<const AddressSpaces> guarded_memory() noexcept override { return memory(); }
+  void before_fork() noexcept override { map_mutex_.lock(); }
+  void after_fork() noexcept override { map_mutex_.unlock(); }
   void install(std::unique_ptr<AddressSpaces> map);
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);

@@ -1,5 +1,7 @@
 #include "kvm/soft/mmu/write_guard.hpp"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -24,6 +26,16 @@ Registry& registry() noexcept {
   alignas(Registry) static std::byte home[sizeof(Registry)];
   static Registry* const one = new (home) Registry;
   return *one;
+}
+
+// So that a forked child does not inherit locks that are held: of the registry, and of who is in it.
+void before_fork() noexcept {
+  registry().mutex.lock();
+  for (GuardedMemory* memory : registry().memories) memory->before_fork();
+}
+void after_fork() noexcept {
+  for (GuardedMemory* memory : registry().memories) memory->after_fork();
+  registry().mutex.unlock();
 }
 
 // Calls visit(slot, first page, last page) for the part of each slot that lies in the range.
@@ -60,6 +72,8 @@ bool worth_another_try(uint64_t address) noexcept {
 }  // namespace
 
 GuardRegistration::GuardRegistration(GuardedMemory& memory) : memory_(memory) {
+  // Here and not in registry(), which a signal handler may be the first to call.
+  [[maybe_unused]] static const int once = ::pthread_atfork(before_fork, after_fork, after_fork);
   const std::lock_guard lock(registry().mutex);
   registry().memories.push_back(&memory);
   registry().count.fetch_add(1);

@@ -20,6 +20,9 @@ class GuardedMemory {
   virtual ~GuardedMemory() = default;
   // Any thread.
   virtual std::shared_ptr<const AddressSpaces> guarded_memory() noexcept = 0;
+  // Around fork(): holds the lock that guarded_memory() takes.
+  virtual void before_fork() noexcept {}
+  virtual void after_fork() noexcept {}
 };
 
 // Makes a VM known to the functions below while it lives.

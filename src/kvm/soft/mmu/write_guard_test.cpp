@@ -1,10 +1,12 @@
 #include "kvm/soft/mmu/write_guard.hpp"
 
 #include <gtest/gtest.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <thread>
 
 #include "base/mapping.hpp"
@@ -89,6 +91,37 @@ TEST_F(WriteGuard, AStoreWaitsForWhoIsGuardingThePage) {
   while (watch_.epoch.load() < 20'000) byte(1) = 1;
   done.store(true);
   guarding.join();
+}
+
+// A child has one thread: nobody there would ever release what another thread of its parent held.
+class SlowMemory : public GuardedMemory {
+ public:
+  std::shared_ptr<const AddressSpaces> guarded_memory() noexcept override {
+    if (slow.exchange(false)) {
+      inside.store(true);
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    }
+    return map_;
+  }
+  std::atomic<bool> slow{true}, inside{false};
+
+ private:
+  std::shared_ptr<AddressSpaces> map_ = std::make_shared<AddressSpaces>();
+};
+TEST(WriteGuardFork, AChildDoesNotWaitForWhoLookedForAPageMeanwhile) {
+  SlowMemory memory;
+  const GuardRegistration registration(memory);
+  std::thread looking([] { admit_write(1, 1); });
+  while (!memory.inside.load()) std::this_thread::yield();
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(5);
+    ::_exit(admit_write(1, 1) ? 1 : 0);
+  }
+  looking.join();
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
 }
 
 TEST_F(WriteGuard, ASlotThatIsGoneLeavesItsMemoryWritable) {
