@@ -95,12 +95,13 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     throw_errno(EINVAL, fmt::format("memory slot {}: more memory than a process can have", region.slot));
 
   const auto old = slots_.find(region.slot);
-  auto maps = std::make_unique<AddressSpaces>(*memory());
+  // Nothing changes before all memory for the new state is there.
+  auto maps = std::make_shared<AddressSpaces>(*memory());
   MemoryMap* const map = &maps->space[region.slot >> 16];
   if (region.memory_size == 0) {
     if (old == slots_.end()) throw_errno(EINVAL, fmt::format("memory slot {} does not exist", region.slot));
-    old->second->retire();
     map->erase(*old->second);
+    old->second->retire();
     slots_.erase(old);
     return install(std::move(maps));
   }
@@ -116,12 +117,16 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     throw_errno(EEXIST, fmt::format("memory slot {} overlaps slot {}", region.slot, other->id));
   auto slot = std::make_shared<Slot>(region, static_cast<CodeWatch&>(*this), options_.guard_code);
   map->insert(slot);
-  if (old != slots_.end()) old->second->retire();
-  slots_[region.slot] = std::move(slot);
+  if (old == slots_.end()) {
+    slots_.emplace(region.slot, std::move(slot));
+  } else {
+    old->second->retire();
+    old->second = std::move(slot);
+  }
   install(std::move(maps));
 }
 
-void SoftVm::install(std::unique_ptr<AddressSpaces> map) {
+void SoftVm::install(std::shared_ptr<const AddressSpaces> map) noexcept {
   {
     const std::lock_guard lock(map_mutex_);
     map_ = std::move(map);
@@ -249,6 +254,12 @@ std::unique_ptr<Vcpu> SoftVm::create_vcpu(unsigned id) {
   if (options_.engine == Engine::lockstep && !vcpus_.empty())
     throw_errno(EINVAL,
                 "the lockstep engine compares the runs of one vCPU, which others would disturb; use one CPU");
+  // First, as a vCPU that cannot be entered would lock the list to leave it.
+  vcpus_.reserve(vcpus_.size() + 1);
+  {
+    const std::lock_guard peers(peers_mutex_);
+    peers_.reserve(vcpus_.size() + 1);
+  }
   auto vcpu = std::make_unique<SoftVcpu>(*this, id);
   vcpus_.push_back(vcpu.get());
   const std::lock_guard peers(peers_mutex_);

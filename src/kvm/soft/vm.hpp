@@ -103,7 +103,7 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
   std::shared_ptr<const AddressSpaces> guarded_memory() noexcept override { return memory(); }
   void before_fork() noexcept override { map_mutex_.lock(); }
   void after_fork() noexcept override { map_mutex_.unlock(); }
-  void install(std::unique_ptr<AddressSpaces> map);
+  void install(std::shared_ptr<const AddressSpaces> map) noexcept;
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);
   void limit_vcpu_ids(uint64_t limit);
