@@ -332,6 +332,10 @@ CONTRACT_TEST(Smm, InitWaitsForRsm) {
   EXPECT_NE(events.flags & KVM_VCPUEVENT_VALID_SMM, 0u);
   events.smi.latched_init = 1;
   m.vcpu().set_vcpu_events(events);
+  events.exception = {.injected = 1, .nr = 2, .has_error_code = 0, .pending = 0, .error_code = 0};
+  events.smi.latched_init = 0;
+  EXPECT_EQ(refusal([&] { m.vcpu().set_vcpu_events(events); }), EINVAL);
+  EXPECT_EQ(m.vcpu().vcpu_events().smi.latched_init, 1) << "what is refused changes nothing";
   ASSERT_TRUE(Guest::is_out(m.guest->run(), 0x92));
   EXPECT_EQ(m.vcpu().vcpu_events().smi.latched_init, 1);
   try {

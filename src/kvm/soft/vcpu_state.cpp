@@ -199,9 +199,11 @@ kvm_vcpu_events SoftVcpu::vcpu_events() {
 }
 
 void SoftVcpu::set_vcpu_events(const kvm_vcpu_events& events) {
+  check(valid_events(events) ? 0 : EINVAL,
+        "KVM_SET_VCPU_EVENTS: unknown flags, or an exception that does not exist");
   acknowledge_memory();
   if ((events.flags & KVM_VCPUEVENT_VALID_SMM) != 0) init_latched_ = false;  // leaving the mode frees none
-  check(set_events(cpu_, events), "KVM_SET_VCPU_EVENTS: unknown flags, or an exception that does not exist");
+  set_events(cpu_, events);
   external_ = events.interrupt.injected != 0 ? events.interrupt.nr : -1;
   if ((events.flags & KVM_VCPUEVENT_VALID_NMI_PENDING) != 0) {
     nmi_pending_ = events.nmi.pending != 0;

@@ -13,6 +13,10 @@ namespace {
 
 constexpr uint32_t msr_apic_base = 0x1b;
 
+bool has_exception(const kvm_vcpu_events& events) noexcept {
+  return events.exception.injected != 0 || events.exception.pending != 0;
+}
+
 kvm_segment to_kvm(const Segment& from) noexcept {
   kvm_segment to{};
   to.base = from.base;
@@ -303,15 +307,17 @@ kvm_vcpu_events get_events(const Cpu& cpu) noexcept {
   return out;
 }
 
-int set_events(Cpu& cpu, const kvm_vcpu_events& in) noexcept {
+bool valid_events(const kvm_vcpu_events& in) noexcept {
   constexpr uint32_t known = KVM_VCPUEVENT_VALID_NMI_PENDING | KVM_VCPUEVENT_VALID_SIPI_VECTOR |
                              KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_SMM |
                              KVM_VCPUEVENT_VALID_PAYLOAD;
-  if ((in.flags & ~known) != 0) return EINVAL;
-  const bool exception = in.exception.injected != 0 || in.exception.pending != 0;
-  if (exception && (in.exception.nr > 31 || in.exception.nr == 2)) return EINVAL;
+  if ((in.flags & ~known) != 0) return false;
+  return !has_exception(in) || (in.exception.nr <= 31 && in.exception.nr != 2);
+}
+
+void set_events(Cpu& cpu, const kvm_vcpu_events& in) noexcept {
   cpu.pending = {};
-  if (exception) {
+  if (has_exception(in)) {
     cpu.pending.valid = true;
     cpu.pending.vector = static_cast<Exception>(in.exception.nr);
     cpu.pending.has_error = in.exception.has_error_code != 0;
@@ -338,7 +344,6 @@ int set_events(Cpu& cpu, const kvm_vcpu_events& in) noexcept {
     if (cpu.smm != (in.smi.smm != 0)) cpu.set_smm(in.smi.smm != 0);
     cpu.nmi_blocked_before_smm = in.smi.smm_inside_nmi != 0;
   }
-  return 0;
 }
 
 }  // namespace lodge::kvm::soft

@@ -43,6 +43,8 @@ unsigned set_msrs(Cpu& cpu, std::span<const kvm_msr_entry> entries) noexcept;
 // The fields that Cpu knows: exception, shadow of interrupts, NMI pending and masked, whether in SMM.
 // `interrupt.injected` and `sipi_vector` are SoftVcpu's.
 kvm_vcpu_events get_events(const Cpu& cpu) noexcept;
-int set_events(Cpu& cpu, const kvm_vcpu_events& events) noexcept;
+// False: unknown flags, or an exception that does not exist; set_events() takes no such ones.
+bool valid_events(const kvm_vcpu_events& events) noexcept;
+void set_events(Cpu& cpu, const kvm_vcpu_events& events) noexcept;
 
 }  // namespace lodge::kvm::soft
