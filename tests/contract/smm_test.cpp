@@ -1,4 +1,8 @@
 // System-management mode: what it hides, what it saves, what it holds back.
+#include <linux/kvm_para.h>
+
+#include <algorithm>
+#include <cstddef>
 #include <cstring>
 
 #include "chips.hpp"
@@ -441,6 +445,64 @@ CONTRACT_TEST(Smm, HandlersIn64BitModeRunAndReturn) {
     EXPECT_EQ(m.guest->at<uint32_t>(0x41000), 2000 * i);
     ASSERT_TRUE(Guest::is_out(m.guest->run(), 0x90));
   }
+}
+
+// The guest's kernel may choose addresses that SMRAM hides: what KVM tells it is never written there.
+constexpr uint64_t hidden = 0x110000, smram_of_hidden = hidden - smbase;
+constexpr uint8_t untouched = 0x5a;
+void expect_untouched(const Managed& m) {
+  const auto* const area = m.smram.data() + smram_of_hidden;
+  EXPECT_TRUE(std::all_of(area, area + 256, [](uint8_t byte) { return byte == untouched; }));
+}
+
+CONTRACT_TEST(Smm, ClockAndStealTimeAreWrittenOutsideOfSmram) {
+  test.needs_cpuid(KVM_CPUID_FEATURES, &kvm_cpuid_entry2::eax, KVM_FEATURE_CLOCKSOURCE2, "kvmclock");
+  test.needs_cpuid(KVM_CPUID_FEATURES, &kvm_cpuid_entry2::eax, KVM_FEATURE_STEAL_TIME, "steal time");
+  Managed m(test, {.irqchip = Irqchip::full});
+  std::memset(m.smram.data() + smram_of_hidden, untouched, 256);
+  m.handle(handler_waits);
+  m.start(Mode::long64, two_outs);
+  m.vcpu().smi();
+  ASSERT_TRUE(Guest::is_out(m.guest->run(), 0x91));
+  set_msr(m.vcpu(), MSR_KVM_STEAL_TIME, hidden | KVM_MSR_ENABLED);
+  set_msr(m.vcpu(), MSR_KVM_SYSTEM_TIME_NEW, (hidden + 64) | KVM_MSR_ENABLED);
+  set_msr(m.vcpu(), MSR_KVM_WALL_CLOCK_NEW, hidden + 96);
+  m.vcpu().shared().immediate_exit = 1;  // completes the OUT
+  EXPECT_EQ(m.vcpu().run().status(), -EINTR);
+  if (test.soft()) {
+    EXPECT_EQ(m.guest->at<uint8_t>(hidden + offsetof(kvm_steal_time, preempted)), KVM_VCPU_PREEMPTED);
+  }
+  m.vcpu().shared().immediate_exit = 0;
+  ASSERT_TRUE(Guest::is_out(m.guest->run(), 0x92));
+  expect_untouched(m);
+  EXPECT_NE(m.guest->at<uint32_t>(hidden + 64), 0u) << "the clock's version";
+  EXPECT_NE(m.guest->at<uint32_t>(hidden + 96), 0u) << "the wall clock's version";
+}
+
+// An interrupt within the mode, whose handler returns from it.
+constexpr uint64_t real_mode_table = 0x60000, interrupt_handler = 0x70000;
+GUEST_CODE(handler_interrupts_itself, 16,
+           "data32 addr32 lidt %cs:(idt_pointer - guest_handler_interrupts_itself + 0x8000);"
+           "mov $0xfee00000, %ebp; addr32 movl $0x1ff, 0xf0(%ebp); addr32 movl $0x40040, 0x300(%ebp); sti;"
+           "1: jmp 1b; idt_pointer: .word 0x3ff; .long 0x60000");
+GUEST_CODE(returns_from_the_mode, 16, "rsm");
+GUEST_CODE(ends_in_memory, 64, "btrl $0, 0x110000; setc %bl; out %al, $0xe0");
+CONTRACT_TEST(Smm, AnEoiThatIsOfferedInTheModeIsSettledOutside) {
+  test.needs_cpuid(KVM_CPUID_FEATURES, &kvm_cpuid_entry2::eax, KVM_FEATURE_PV_EOI, "paravirtual EOI");
+  Managed m(test, {.irqchip = Irqchip::full});
+  std::memset(m.smram.data() + smram_of_hidden, untouched, 256);
+  m.handle(handler_interrupts_itself);
+  m.guest->at<uint32_t>(real_mode_table + 4 * 0x40) = interrupt_handler >> 4 << 16;
+  m.start(Mode::long64, ends_in_memory);
+  m.guest->load(returns_from_the_mode, interrupt_handler);
+  set_msr(m.vcpu(), MSR_KVM_PV_EOI_EN, hidden | KVM_MSR_ENABLED);
+  m.vcpu().smi();
+  m.guest->finish();
+  expect_untouched(m);
+  const bool ended = (m.vcpu().regs().rbx & 1) != 0;
+  uint32_t in_service = 0;
+  std::memcpy(&in_service, m.vcpu().lapic().regs + 0x120, sizeof in_service);
+  EXPECT_EQ(in_service & 1, ended ? 0u : 1u);
 }
 
 }  // namespace

@@ -187,7 +187,10 @@ class SoftVcpu final : public Vcpu, private Platform, private BlockSource {
   Outcome take_init_and_sipi(uint32_t bits) noexcept;
   Outcome inject() noexcept;
   Outcome take_smi() noexcept;
-  void choose_memory() noexcept { cpu_.memory = &map_->space[cpu_.smm ? 1 : 0]; }
+  void choose_memory() noexcept {
+    cpu_.memory = &map_->space[cpu_.smm ? 1 : 0];
+    cpu_.paravirt_memory = &map_->space[0];
+  }
   Outcome wait_while_halted() noexcept;
   // Before a halt; how long to sleep at most, in nanoseconds.
   uint64_t give_back_when_idle() noexcept;

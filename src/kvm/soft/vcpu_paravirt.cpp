@@ -42,7 +42,7 @@ void SoftVcpu::leave_guest() noexcept {
 void SoftVcpu::offer_pv_eoi() noexcept {
   if ((cpu_.msr.kvm_pv_eoi & pv_eoi_enabled) == 0 || lapic_ == nullptr || !lapic_->defer_eoi()) return;
   constexpr uint8_t skip = 1;
-  pv_eoi_offered_ = cpu_.write_physical(cpu_.msr.kvm_pv_eoi & ~pv_eoi_enabled, &skip, sizeof skip);
+  pv_eoi_offered_ = cpu_.paravirt_memory->write(cpu_.msr.kvm_pv_eoi & ~pv_eoi_enabled, &skip, sizeof skip);
   if (!pv_eoi_offered_) lapic_->settle_eoi(false);
 }
 
@@ -50,11 +50,11 @@ void SoftVcpu::settle_pv_eoi() noexcept {
   if (!std::exchange(pv_eoi_offered_, false)) return;
   const uint64_t gpa = cpu_.msr.kvm_pv_eoi & ~pv_eoi_enabled;
   uint8_t word = 0;
-  cpu_.read_physical(gpa, &word, sizeof word);
+  cpu_.paravirt_memory->read(gpa, &word, sizeof word);
   const bool completed = (word & 1) == 0;
   if (!completed) {
     word &= 0xfe;
-    cpu_.write_physical(gpa, &word, sizeof word);
+    cpu_.paravirt_memory->write(gpa, &word, sizeof word);
   }
   lapic_->settle_eoi(completed);
 }

@@ -193,7 +193,6 @@ class Cpu : public CpuState {
   // (nothing is raised). Writes mark the dirty log and drop decoded code.
   bool read_physical(uint64_t gpa, void* out, unsigned size) noexcept;
   bool write_physical(uint64_t gpa, const void* data, unsigned size) noexcept;
-  bool exchange_physical(uint64_t gpa, uint8_t& value) noexcept;  // atomically
 
   // --- translation ---
   void flush_tlb(bool keep_global) noexcept;
@@ -237,6 +236,9 @@ class Cpu : public CpuState {
 
   // The slots that translations use; set by the run loop, never null while instructions run.
   const MemoryMap* memory = nullptr;
+  // Where KVM's paravirtual areas lie: the slots outside of system-management mode, as the guest's kernel,
+  // which has chosen the addresses, must not reach SMRAM by them.
+  const MemoryMap* paravirt_memory = nullptr;
   // The running block, so that a store into it is noticed; null outside blocks.
   const DecodedBlock* block = nullptr;
   WriteJournal* journal = nullptr;  // of what is written now, if anybody wants to know

@@ -68,7 +68,7 @@ uint64_t ClockScale::nanoseconds(uint64_t ticks) const noexcept {
 }
 
 void update_kvmclock(Cpu& cpu) noexcept {
-  write_clock_page(*cpu.memory, cpu.msr.kvm_system_time, cpu.platform());
+  write_clock_page(*cpu.paravirt_memory, cpu.msr.kvm_system_time, cpu.platform());
 }
 
 void write_clock_page(const MemoryMap& memory, uint64_t msr, Platform& platform) noexcept {
@@ -93,13 +93,13 @@ void write_clock_page(const MemoryMap& memory, uint64_t msr, Platform& platform)
 void write_wall_clock(Cpu& cpu, uint64_t gpa) noexcept {
   const uint64_t boot = cpu.platform().wall_ns() - cpu.platform().kvmclock_ns();
   WallClock clock{};
-  clock.version = begin_version(*cpu.memory, gpa);
+  clock.version = begin_version(*cpu.paravirt_memory, gpa);
   clock.sec = static_cast<uint32_t>(boot / 1'000'000'000);
   clock.nsec = static_cast<uint32_t>(boot % 1'000'000'000);
-  cpu.write_physical(gpa, &clock, sizeof clock);
+  cpu.paravirt_memory->write(gpa, &clock, sizeof clock);
   host_store_fence();
   ++clock.version;
-  cpu.write_physical(gpa, &clock.version, sizeof clock.version);
+  cpu.paravirt_memory->write(gpa, &clock.version, sizeof clock.version);
 }
 
 }  // namespace lodge::kvm::soft

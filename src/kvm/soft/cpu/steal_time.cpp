@@ -6,6 +6,7 @@
 #include "kvm/soft/cpu/cpuid_bits.hpp"
 #include "kvm/soft/cpu/platform.hpp"
 #include "kvm/soft/mmu/host_access.hpp"
+#include "kvm/soft/mmu/memory_map.hpp"
 
 namespace lodge::kvm::soft {
 namespace {
@@ -40,13 +41,14 @@ void StealTime::enter() noexcept {
   // One exchange: a vCPU that sees "preempted" and adds its wish does so with a compare-and-exchange, so the
   // wish either arrives here or is refused, and then an IPI is sent.
   uint8_t wishes = 0;
-  if (!cpu_.exchange_physical(area() + offsetof(Area, preempted), wishes)) return;
+  if (!cpu_.paravirt_memory->exchange(area() + offsetof(Area, preempted), wishes)) return;
   if ((wishes & flush_tlb) != 0 && (cpu_.features.kvm_features & kvm_feature::pv_tlb_flush) != 0)
     cpu_.flush_tlb(false);
 }
 
 void StealTime::leave() noexcept {
-  if (enabled()) cpu_.write_physical(area() + offsetof(Area, preempted), &preempted, sizeof preempted);
+  if (enabled())
+    cpu_.paravirt_memory->write(area() + offsetof(Area, preempted), &preempted, sizeof preempted);
 }
 
 void StealTime::left() noexcept {
@@ -65,18 +67,18 @@ void StealTime::update() noexcept {
   if (taken == 0) return;
   uint64_t steal = 0;
   uint32_t version = 0;
-  if (!cpu_.read_physical(area() + offsetof(Area, steal), &steal, sizeof steal) ||
-      !cpu_.read_physical(area() + offsetof(Area, version), &version, sizeof version))
+  if (!cpu_.paravirt_memory->read(area() + offsetof(Area, steal), &steal, sizeof steal) ||
+      !cpu_.paravirt_memory->read(area() + offsetof(Area, version), &version, sizeof version))
     return;
   // An odd version tells readers to try again.
   version |= 1;
-  cpu_.write_physical(area() + offsetof(Area, version), &version, sizeof version);
+  cpu_.paravirt_memory->write(area() + offsetof(Area, version), &version, sizeof version);
   host_store_fence();
   steal += taken;
-  cpu_.write_physical(area() + offsetof(Area, steal), &steal, sizeof steal);
+  cpu_.paravirt_memory->write(area() + offsetof(Area, steal), &steal, sizeof steal);
   host_store_fence();
   ++version;
-  cpu_.write_physical(area() + offsetof(Area, version), &version, sizeof version);
+  cpu_.paravirt_memory->write(area() + offsetof(Area, version), &version, sizeof version);
 }
 
 }  // namespace lodge::kvm::soft

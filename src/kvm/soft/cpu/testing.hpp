@@ -91,7 +91,7 @@ class Machine {
     region.memory_size = size;
     region.userspace_addr = reinterpret_cast<uint64_t>(ram_);
     memory_.insert(std::make_shared<Slot>(region, code_epoch_));
-    cpu.memory = &memory_;
+    cpu.memory = cpu.paravirt_memory = &memory_;
     set_features(host_cpuid());
     reset_cpu(cpu, false);
     build_gdt();

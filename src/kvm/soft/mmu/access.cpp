@@ -224,13 +224,4 @@ bool Cpu::write_physical(uint64_t gpa, const void* data, unsigned size) noexcept
   return memory->write(gpa, data, size);
 }
 
-bool Cpu::exchange_physical(uint64_t gpa, uint8_t& value) noexcept {
-  Slot* slot = memory->find(gpa);
-  if (slot == nullptr || slot->read_only) return false;
-  asm volatile("xchgb %0, (%1)" : "+q"(value) : "r"(slot->host + (gpa - slot->gpa)) : "memory");
-  slot->invalidate(slot->page(gpa));
-  if (slot->log_dirty) slot->mark_dirty(slot->page(gpa));
-  return true;
-}
-
 }  // namespace lodge::kvm::soft

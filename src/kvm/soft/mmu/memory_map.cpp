@@ -139,4 +139,13 @@ bool MemoryMap::write(uint64_t gpa, const void* data, unsigned size) const noexc
   return true;
 }
 
+bool MemoryMap::exchange(uint64_t gpa, uint8_t& value) const noexcept {
+  Slot* slot = find(gpa);
+  if (slot == nullptr || slot->read_only) return false;
+  asm volatile("xchgb %0, (%1)" : "+q"(value) : "r"(slot->host + (gpa - slot->gpa)) : "memory");
+  slot->invalidate(slot->page(gpa));
+  if (slot->log_dirty) slot->mark_dirty(slot->page(gpa));
+  return true;
+}
+
 }  // namespace lodge::kvm::soft

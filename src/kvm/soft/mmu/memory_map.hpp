@@ -78,6 +78,7 @@ class MemoryMap {
   // False: no RAM, or a read-only slot; what lies before it is done.
   bool read(uint64_t gpa, void* out, unsigned size) const noexcept;
   bool write(uint64_t gpa, const void* data, unsigned size) const noexcept;
+  bool exchange(uint64_t gpa, uint8_t& value) const noexcept;  // atomically
   // The lowest slot that has some of these addresses, or null.
   Slot* first_in(uint64_t gpa, uint64_t size) const noexcept;
   // Every slot, by gpa.
