@@ -7,6 +7,10 @@
 #include <new>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "kvm/preload/next.hpp"
 
 namespace lodge::kvm::preload {
@@ -101,6 +105,9 @@ void admit_cancellation() {
   // By pthread_testcancel: where pthread_setcancelstate ends the thread, glibc 2.36 gives it no result.
   real_setcanceltype(PTHREAD_CANCEL_DEFERRED, &ignored);
   ::pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &ignored);
+#ifdef __SANITIZE_ADDRESS__
+  __asan_handle_no_return();  // it does not see frames unwound by force, and takes them for live ones
+#endif
   ::pthread_testcancel();
   real_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &ignored);
 }
