@@ -1,6 +1,9 @@
 #include "kvm/preload/cancellation.hpp"
 
 #include <pthread.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstddef>
 #include <mutex>
@@ -39,6 +42,14 @@ class Registry {
     one.running = vcpu;
     if (vcpu != nullptr && one.cancelled) vcpu->kick();
   }
+  // Switches this thread's cancellation off. Under the lock: who has found it on before has sent the signal
+  // by now, which glibc 2.36 obeys even if it arrives when cancellation is off. Whether it was on.
+  [[gnu::noinline]] bool disable() noexcept {
+    const std::lock_guard lock(mutex_);
+    int before = PTHREAD_CANCEL_DISABLE;
+    ::pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
+    return before == PTHREAD_CANCEL_ENABLE;
+  }
   // Under the lock, so that the thread cannot end meanwhile and another have its ID. First asked, then
   // kicked: it leaves its ioctl once, and has to find the wish then.
   int cancel(pthread_t thread, int (*ask)(pthread_t)) {
@@ -67,6 +78,13 @@ Registry& registry() {
 
 constinit thread_local Cancellable* mine = nullptr;
 
+// AddressSanitizer does not see frames being left by force, and takes them for live ones.
+void unwinding_begins() {
+#ifdef __SANITIZE_ADDRESS__
+  __asan_handle_no_return();
+#endif
+}
+
 struct Registered : Cancellable {
   Registered() { registry().add(*this); }
   ~Registered() {
@@ -92,11 +110,16 @@ int real_setcanceltype(int type, int* old) {
 
 }  // namespace
 
-bool hold_back_cancellation() noexcept {
+// Until its last call this may be left by force at any instruction, so nothing here has a destructor.
+bool hold_back_cancellation() {
   if (mine == nullptr || !mine->asynchronous) return false;
-  int before = PTHREAD_CANCEL_DISABLE;
-  ::pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
-  return mine->held_back = before == PTHREAD_CANCEL_ENABLE;
+  constexpr uint64_t cancelling = uint64_t{1} << 31;  // of signal 32, the threads library's
+  uint64_t mask = 0;
+  ::syscall(SYS_rt_sigprocmask, SIG_BLOCK, &cancelling, &mask, sizeof mask);
+  mine->held_back = registry().disable();
+  unwinding_begins();
+  ::syscall(SYS_rt_sigprocmask, SIG_SETMASK, &mask, nullptr, sizeof mask);  // the signal that was under way
+  return mine->held_back;
 }
 
 void admit_cancellation() {
@@ -105,9 +128,7 @@ void admit_cancellation() {
   // By pthread_testcancel: where pthread_setcancelstate ends the thread, glibc 2.36 gives it no result.
   real_setcanceltype(PTHREAD_CANCEL_DEFERRED, &ignored);
   ::pthread_setcancelstate(PTHREAD_CANCEL_ENABLE, &ignored);
-#ifdef __SANITIZE_ADDRESS__
-  __asan_handle_no_return();  // it does not see frames unwound by force, and takes them for live ones
-#endif
+  unwinding_begins();
   ::pthread_testcancel();
   real_setcanceltype(PTHREAD_CANCEL_ASYNCHRONOUS, &ignored);
 }

@@ -14,8 +14,9 @@
 namespace lodge::kvm::preload {
 
 // Whether this thread's cancellation is held back from now on. One load for a thread that never was of the
-// asynchronous type.
-bool hold_back_cancellation() noexcept;
+// asynchronous type. Does not return when the thread is cancelled meanwhile: it unwinds the caller, who must
+// allow that, and have no objects with destructors yet.
+bool hold_back_cancellation();
 // Afterwards, if it was. Does not return when the thread was cancelled meanwhile: it unwinds the caller, who
 // must allow that.
 void admit_cancellation();

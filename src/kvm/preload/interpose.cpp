@@ -164,8 +164,11 @@ int cancellable_ioctl(int fd, unsigned long request, ...) {
   va_start(list, request);
   const auto argument = va_arg(list, unsigned long);
   va_end(list);
-  if (!table().contains(fd)) return next.get()(fd, request, argument);
   const bool held_back = hold_back_cancellation();
+  if (!table().contains(fd)) {
+    if (held_back) admit_cancellation();
+    return next.get()(fd, request, argument);
+  }
   const int result = answer(fd, request, argument);
   if (held_back) admit_cancellation();
   if (result >= 0) return result;
