@@ -1,4 +1,5 @@
 // vCPU state: what is set is what is read back, and what the guest sees.
+#include <atomic>
 #include <cstring>
 #include <system_error>
 
@@ -286,17 +287,21 @@ CONTRACT_TEST(State, AVcpuStartsAtTheResetVector) {
 // ----------------------------------------------------------------------------------------
 
 GUEST_CODE(endless, 64, "1: inc %rax; jmp 1b");
+GUEST_CODE(counting, 64, "1: incl 0x40000; jmp 1b");
 CONTRACT_TEST(State, AKickStopsASpinningGuest) {
   auto guest = test.guest();
-  guest->load(endless);
+  guest->load(counting);
   guest->enter(Mode::long64);
   int status = 0;
   std::thread thread([&] { status = guest->vcpu().run().status(); });
-  std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  // When it spins, however late a busy host lets it.
+  const std::atomic_ref count(guest->at<uint32_t>(0x40000));
+  for (int i = 0; i < 8000 && count.load() == 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   guest->vcpu().kick();
   thread.join();
   EXPECT_EQ(status, -EINTR);
-  EXPECT_GT(guest->vcpu().regs().rax, 0u);
+  EXPECT_GT(count.load(), 0u);
 }
 
 CONTRACT_TEST(State, AKickBeforeTheRunStopsIt) {
