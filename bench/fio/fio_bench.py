@@ -162,12 +162,11 @@ def measure_together(options: argparse.Namespace, rows: list[Row],
 
 
 def boot_and_run(command: list[str], steps: list[Step], options: argparse.Namespace) -> list[Outcome]:
-    dash = "-" if command[0] == options.qemu else "--"
     with tempfile.NamedTemporaryFile(prefix="fio-", suffix=".cpio") as initrd:
         initrd.write(guest_image(steps, options))
         initrd.flush()
-        guest = {"kernel": str(GUESTS / "cloud/vmlinuz"), "initrd": initrd.name, "append": APPEND}
-        with Console([*command, *(word for name, value in guest.items() for word in (dash + name, value))]) as console:
+        guest = ("--kernel", str(GUESTS / "cloud/vmlinuz"), "--initrd", initrd.name, "--append", APPEND)
+        with Console([*command, *guest]) as console:
             return run_steps(console, steps)
 
 
