@@ -354,9 +354,9 @@ CONTRACT_TEST(Paravirt, AHaltedVcpuFlushesItsTlbWhenItWakes) {
 GUEST_CODE(pv_handler, 64, "push %rax; incl 0x40000;" END_OF_INTERRUPT "pop %rax; iretq");
 
 std::unique_ptr<Guest> with_handler(Contract& test, std::span<const uint8_t> code,
-                                    std::span<const uint8_t> body = pv_handler, unsigned seconds = 5) {
+                                    std::span<const uint8_t> body = pv_handler) {
   needs(test, KVM_FEATURE_PV_EOI, "paravirtual EOI");
-  auto guest = test.guest({.irqchip = Irqchip::full, .seconds = seconds});
+  auto guest = test.guest({.irqchip = Irqchip::full});
   guest->load(code);
   guest->load(body, handler);
   guest->enter(Mode::long64);
@@ -417,7 +417,7 @@ CONTRACT_TEST(Paravirt, WaitingInterruptsComeAfterAnEoiInMemory) {
 GUEST_CODE(endless_interrupts, 64,
            ENABLE_EOI APIC "sti; movl $1, 0x40018; 1: cmpl $0, 0x40010; je 1b; cli; out %al, $0xe0");
 CONTRACT_TEST(Paravirt, NoInterruptIsLostToAnEoiInMemory) {
-  auto guest = with_handler(test, endless_interrupts, pv_handler, 20);
+  auto guest = with_handler(test, endless_interrupts);
   constexpr uint32_t rounds = 500;
   guest->together([&] { guest->finish(); },
                   [&] {
