@@ -188,10 +188,10 @@ CONTRACT_TEST(Paravirt, StealTimeIsNoMoreThanTheTimeThatPassed) {
   guest->enter(Mode::long64);
   guest->at<StealArea>(steal_area).steal = 1000;  // what was stolen elsewhere stays
   guest->finish();
+  const auto start = std::chrono::steady_clock::now();
   run_a_while(*guest);  // KVM's first update brings all that the thread has ever waited
   const uint64_t before = guest->at<StealArea>(steal_area).steal;
   EXPECT_GE(before, 1000u);
-  const auto start = std::chrono::steady_clock::now();
   for (int round = 0; round < 20; ++round) run_a_while(*guest);
   const auto passed = std::chrono::nanoseconds(std::chrono::steady_clock::now() - start).count();
   const uint64_t after = guest->at<StealArea>(steal_area).steal;
@@ -302,9 +302,10 @@ void map_page(Guest& guest) {
   guest.at<uint64_t>(0x61010) = 2;
 }
 
-GUEST_CODE(look_at_page, 64,
-           "mov %cr4, %rax; or $0x80, %rax; mov %rax, %cr4;" ENABLE_STEAL
-           "mov 0x200010, %rbx; 1: cmpl $0, 0x40000; je 1b; mov 0x200010, %rcx; out %al, $0xe0");
+GUEST_CODE(
+    look_at_page, 64,
+    "mov %cr4, %rax; or $0x80, %rax; mov %rax, %cr4;" ENABLE_STEAL
+    "mov 0x200010, %rbx; out %al, $0xe0; 1: cmpl $0, 0x40000; je 1b; mov 0x200010, %rcx; out %al, $0xe0");
 CONTRACT_TEST(Paravirt, AVcpuOutsideTheGuestFlushesItsTlbBeforeItReturns) {
   needs(test, KVM_FEATURE_PV_TLB_FLUSH, "paravirtual TLB flush");
   auto guest = test.guest({.irqchip = Irqchip::full});
@@ -312,6 +313,7 @@ CONTRACT_TEST(Paravirt, AVcpuOutsideTheGuestFlushesItsTlbBeforeItReturns) {
   guest->enter(Mode::long64);
   map_page(*guest);
   guest->at<uint64_t>(0x30000) |= 0x100;  // global
+  guest->finish();
   run_a_while(*guest);
   await_preempted(test, *guest, "a vCPU outside the guest is not told to be preempted");
   // What another vCPU does.
