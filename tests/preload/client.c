@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <liburing.h>
+#include <limits.h>
 #include <linux/kvm.h>
 #include <malloc.h>
 #include <pthread.h>
@@ -15,7 +16,9 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/uio.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -151,6 +154,28 @@ static void test_writes(void) {
     CHECK(close(pipes[0]) == 0 && close(pipes[1]) == 0);
     ram[code + 1] = 1;
   }
+}
+
+// The same by calls that take a list of buffers; one that is too long is the kernel's to refuse.
+static void test_vectors(void) {
+  make_machine(counts, sizeof counts);
+  CHECK(next_out() == 1);
+  const long page = sysconf(_SC_PAGESIZE);
+  char* pages = mmap(NULL, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(pages != MAP_FAILED && mprotect(pages + page, page, PROT_NONE) == 0);
+  struct iovec* last = (struct iovec*)(pages + page) - 1;
+  *last = (struct iovec){ram + code + 1, 1};
+  int sockets[2];
+  CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, sockets) == 0 && write(sockets[1], "\2\3", 2) == 2);
+  CHECK(readv(sockets[0], last, IOV_MAX + 1) == -1 && errno == EINVAL);
+  CHECK(readv(sockets[0], last, 1) == 1);
+  CHECK(next_out() == 2);
+  struct msghdr message = {.msg_iov = last, .msg_iovlen = IOV_MAX + 1};
+  CHECK(recvmsg(sockets[0], &message, 0) == -1 && errno == EMSGSIZE);
+  message.msg_iovlen = 1;
+  CHECK(recvmsg(sockets[0], &message, 0) == 1);
+  CHECK(next_out() == 3);
+  CHECK(munmap(pages, 2 * page) == 0 && close(sockets[0]) == 0 && close(sockets[1]) == 0);
 }
 
 static volatile sig_atomic_t handled;
@@ -555,6 +580,7 @@ static const struct {
              {"descriptors", test_descriptors},
              {"fork", test_fork},
              {"writes", test_writes},
+             {"vectors", test_vectors},
              {"signal", test_signal},
              {"mask", test_mask},
              {"alarm", test_alarm},

@@ -11,7 +11,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 
 #include "kvm/preload/next.hpp"
 #include "kvm/soft/mmu/write_guard.hpp"
@@ -26,7 +28,9 @@ bool admit(const void* buffer, size_t size) noexcept {
   return admit_write(reinterpret_cast<uint64_t>(buffer), size);
 }
 
+// A longer list is refused by the kernel, which does not look at it.
 bool admit(const iovec* vectors, int count) noexcept {
+  if (count > IOV_MAX) return false;
   bool any = false;
   for (int i = 0; i < count; ++i) any |= admit(vectors[i].iov_base, vectors[i].iov_len);
   return any;
@@ -105,7 +109,7 @@ LODGE_EXPORT ssize_t recvfrom(int fd, void* buffer, size_t size, int flags, __SO
 LODGE_EXPORT ssize_t recvmsg(int fd, msghdr* message, int flags) {
   static constinit Next<ssize_t (*)(int, msghdr*, int)> next("recvmsg");
   return filling([&] { return next.get()(fd, message, flags); }, message->msg_iov,
-                 static_cast<int>(message->msg_iovlen));
+                 static_cast<int>(std::min<size_t>(message->msg_iovlen, IOV_MAX + 1)));
 }
 
 // liburing's, whose results are negative errnos; whatever their arguments are.
