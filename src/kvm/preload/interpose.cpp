@@ -253,6 +253,7 @@ int sigaction(int number, const struct sigaction* action, struct sigaction* old)
 }  // namespace lodge::kvm::preload::real
 
 // The soft accelerator's own handlers are no client's: the linker sends its calls here (--wrap).
+// NOLINTNEXTLINE(bugprone-reserved-identifier): the linker's name
 extern "C" int __wrap_sigaction(int number, const struct sigaction* action, struct sigaction* old) noexcept {
   return real::sigaction(number, action, old);
 }

@@ -53,6 +53,7 @@ LODGE_EXPORT ssize_t read(int fd, void* buffer, size_t size) {
   return filling([&] { return next.get()(fd, buffer, size); }, buffer, size);
 }
 
+// NOLINTNEXTLINE(bugprone-reserved-identifier): the C library's name
 LODGE_EXPORT ssize_t __read_chk(int fd, void* buffer, size_t size, size_t room) {
   static constinit Next<ssize_t (*)(int, void*, size_t, size_t)> next("__read_chk");
   return filling([&] { return next.get()(fd, buffer, size, room); }, buffer, size);
