@@ -37,11 +37,11 @@ class Opener {
   }
 
   std::unique_ptr<Image> open(std::unique_ptr<Storage> storage, const std::string& format, bool read_only) {
-    std::array<uint8_t, probe_size> start{};
+    std::array<uint8_t, magic_size> start{};
     if (const int error = storage->read(start.data(), start.size(), 0)) throw_errno(error, storage->path());
     if (format == "qcow2" || (format.empty() && looks_formatted(start)))
       return open_qcow2(std::move(storage), read_only);
-    if (format.empty()) refuse_encrypted(start, storage->path());
+    if (format.empty()) refuse_foreign(*storage);
     return std::make_unique<RawImage>(std::move(storage), format.empty());
   }
 
@@ -120,16 +120,6 @@ class Opener {
 };
 
 }  // namespace
-
-void refuse_encrypted(std::span<const uint8_t> start, const std::string& path) {
-  if (start.size() < luks_magic.size() || !std::ranges::equal(start.first(luks_magic.size()), luks_magic))
-    return;
-  usage_error(
-      "{}: is encrypted (LUKS), which Lodge cannot read; decrypt it with 'qemu-img convert' "
-      "(docs/images.md), or, "
-      "if the guest itself decrypts it, say that its format is raw",
-      path);
-}
 
 std::string backing_path(const std::string& image, const std::string& name) {
   std::string path = name.starts_with("file:") ? name.substr(5) : name;

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <filesystem>
 #include <fstream>
+#include <tuple>
 #include <vector>
 
 #include "base/error.hpp"
@@ -87,6 +88,38 @@ TEST_P(Raw, LuksVolumesAreRefusedUnlessSaidToBeRaw) {
   OpenOptions options;
   options.format = "raw";
   EXPECT_EQ(open(options)->format(), "raw");
+}
+
+TEST_P(Raw, ImagesOfOtherFormatsAreRefusedByNameUnlessSaidToBeRaw) {
+  using namespace std::string_literals;
+  const std::vector<std::tuple<std::streamoff, std::string, std::string>> marks{
+      {0x40, "\x7f\x10\xda\xbe", "VDI"},
+      {0, "KDMV", "VMDK"},
+      {0, "COWD", "VMDK"},
+      {0, "# Disk DescriptorFile\n", "VMDK"},
+      {0, "vhdxfile", "VHDX"},
+      {0, "conectix", "VHD"},
+      {mib - 512, "conectix", "VHD"},  // of fixed size: only a footer
+      {0, "QED\0"s, "QED"},
+      {0, "WithoutFreeSpace", "Parallels"},
+      {0, "WithouFreSpacExt", "Parallels"}};
+  for (const auto& [offset, mark, name] : marks) {
+    std::filesystem::resize_file(path_, 0);
+    std::filesystem::resize_file(path_, mib);
+    std::fstream file(path_, std::ios::in | std::ios::out | std::ios::binary);
+    file.seekp(offset);
+    file << mark << std::flush;
+    try {
+      open();
+      ADD_FAILURE() << name << " opened";
+    } catch (const UsageError& error) {
+      EXPECT_THAT(error.what(), AllOf(HasSubstr("is a " + name + " image"), HasSubstr("qemu-img convert"),
+                                      HasSubstr("format is raw")));
+    }
+    OpenOptions options;
+    options.format = "raw";
+    EXPECT_EQ(open(options)->format(), "raw");
+  }
 }
 
 // The name alone is no volume: a disk may begin with any text.

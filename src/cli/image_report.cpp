@@ -67,14 +67,14 @@ void describe_qcow2(json& info, block::Storage& storage) {
 
 json image_info(const std::string& path, const std::string& format) {
   block::FileStorage storage(path, block::Use::read, false, block::make_engine(block::Engine::threads));
-  std::array<uint8_t, block::probe_size> start{};
+  std::array<uint8_t, block::magic_size> start{};
   if (const int error = storage.read(start.data(), start.size(), 0)) throw_errno(error, path);
   json info{{"file", path}, {"disk_size", storage.allocated()}};
   if (format == "qcow2" || (format.empty() && block::looks_formatted(start))) {
     info["format"] = "qcow2";
     describe_qcow2(info, storage);
   } else {
-    if (format.empty()) block::refuse_encrypted(start, path);
+    if (format.empty()) block::refuse_foreign(storage);
     info["format"] = "raw";
     info["virtual_size"] = (storage.size() + 511) & ~uint64_t{511};
   }

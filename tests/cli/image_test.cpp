@@ -197,6 +197,37 @@ TEST_F(ImageCommand, EncryptedImagesAreRefusedByEveryCommand) {
   }
 }
 
+// Whatever other programs make, by the hand of one that makes it.
+TEST_F(ImageCommand, ImagesOfOtherFormatsAreRefusedByEveryCommand) {
+  if (!std::filesystem::exists("/usr/bin/qemu-img")) GTEST_SKIP() << "qemu-img is not installed";
+  for (const std::vector<std::string>& kind : {std::vector<std::string>{"vdi"},
+                                               {"vmdk"},
+                                               {"vmdk", "subformat=monolithicFlat"},
+                                               {"vpc"},
+                                               {"vpc", "subformat=fixed"},
+                                               {"vhdx"},
+                                               {"qed"},
+                                               {"parallels"}}) {
+    std::vector<std::string> make{"/usr/bin/qemu-img", "create", "-f", kind[0], path("foreign"), "4M"};
+    if (kind.size() > 1) make.insert(make.begin() + 2, {"-o", kind[1]});
+    const Result made = testing_support::run(make, Seconds(60));
+    ASSERT_EQ(made.status, 0) << made.err;
+    for (const std::vector<std::string>& command : {std::vector<std::string>{"info", path("foreign")},
+                                                    {"check", path("foreign")},
+                                                    {"convert", path("foreign"), path("new")},
+                                                    {"resize", path("foreign"), "8M"},
+                                                    {"create", "--backing", path("foreign"), path("new")}})
+      refuse(command, "'qemu-img convert -f " + kind[0]);
+    const Result run =
+        testing_support::run({LODGE_BINARY, "run", "--accel", "soft", path("foreign")}, Seconds(60));
+    EXPECT_EQ(run.status, 2);
+    EXPECT_THAT(run.err, HasSubstr("'qemu-img convert -f " + kind[0]));
+    EXPECT_FALSE(std::filesystem::exists(path("new")));
+    succeed({"info", "--format", "raw", path("foreign")});
+    std::filesystem::remove(path("foreign"));
+  }
+}
+
 TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   succeed({"create", path("disk"), "1M"});
   refuse({"create", path("disk"), "1M"}, "is there already");
@@ -208,7 +239,7 @@ TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   refuse({"create", "--backing", "missing", path("new")}, "missing");
   refuse({"info", path("missing")}, "missing");
   write("text", "not an image");
-  refuse({"check", path("text")}, "not a qcow2 image");
+  refuse({"check", path("text")}, "is not a qcow2 image; 'lodge image info' tells what it is");
   refuse({"rebase", path("disk")}, "--no-backing");
   refuse({"fly"}, "there are build, create, info, check, convert, resize, snapshot and rebase");
   refuse({}, "lodge image --help");

@@ -42,8 +42,10 @@ class Parser {
   Header parse() {
     uint8_t fixed[known_length]{};
     load(fixed, sizeof fixed, 0);
-    refuse_encrypted(fixed, storage_.path());
-    if (!looks_formatted(fixed)) bad("is not a qcow2 image");
+    if (!looks_formatted(fixed)) {
+      refuse_foreign(storage_);
+      usage_error("{}: is not a qcow2 image; 'lodge image info' tells what it is", storage_.path());
+    }
     fields(fixed);
     if (const auto crypt = load_be<uint32_t>(fixed + 32))
       usage_error(
@@ -71,7 +73,7 @@ class Parser {
 
  private:
   [[noreturn]] void bad(const std::string& what) const {
-    usage_error("{}: {}; 'lodge image check' tells more about a damaged image", storage_.path(), what);
+    usage_error("{}: {}: the header is damaged", storage_.path(), what);
   }
 
   void load(void* data, size_t size, uint64_t offset) {
@@ -103,7 +105,8 @@ class Parser {
 
   void compression(uint8_t type) {
     if (header_.has(feature_compression) != (type != 0)) bad("contradicts itself about its compression");
-    if (type > 1) bad(fmt::format("is compressed by method {}; Lodge knows zlib (0) and zstd (1)", type));
+    if (type > 1)
+      usage_error("{}: is compressed by method {}; Lodge knows zlib (0) and zstd (1)", storage_.path(), type);
     header_.compression = static_cast<Compression>(type);
   }
 
