@@ -98,13 +98,8 @@ class Opener {
       if (header.data_file.empty())
         usage_error("{}: has an external data file but does not name it", storage.path());
       path = backing_path(storage.path(), header.data_file);
-      const auto same = [](const std::filesystem::path& a, const std::filesystem::path& b) {
-        std::error_code error;
-        return std::filesystem::equivalent(a.parent_path().empty() ? "." : a.parent_path(),
-                                           b.parent_path().empty() ? "." : b.parent_path(), error);
-      };
       std::error_code error;
-      if (!same(path, storage.path()) || std::filesystem::is_symlink(path, error))
+      if (!in_same_directory(path, storage.path()) || std::filesystem::is_symlink(path, error))
         usage_error(
             "{}: names the data file '{}', which is not in its own directory; images may not choose "
             "other files to write",
@@ -126,6 +121,14 @@ std::string backing_path(const std::string& image, const std::string& name) {
   if (path.starts_with("json:") || path.find("://") != std::string::npos)
     usage_error("{}: its backing file '{}' is not a file, and Lodge reads only files", image, name);
   return std::filesystem::path(image).parent_path() / path;
+}
+
+bool in_same_directory(const std::string& a, const std::string& b) {
+  const auto directory = [](const std::filesystem::path& path) {
+    return path.parent_path().empty() ? std::filesystem::path(".") : path.parent_path();
+  };
+  std::error_code error;
+  return std::filesystem::equivalent(directory(a), directory(b), error);
 }
 
 namespace {

@@ -18,9 +18,13 @@ FileStorage::FileStorage(std::string path, Use use, bool lock, std::shared_ptr<T
   fd_.reset(::open(path_.c_str(), (use == Use::write ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NONBLOCK));
   if (!fd_) {
     const int error = errno;
-    const bool read_only = use == Use::write && (error == EACCES || error == EROFS || error == EPERM);
+    const char* remedy = "";
+    if (use == Use::write && error == EROFS)
+      remedy = "; copy it to where it can be written, or give it to a guest as FILE,readonly";
+    else if (use == Use::write && (error == EACCES || error == EPERM))
+      remedy = "; get permission to write it, or give it to a guest as FILE,readonly";
     usage_error("{}: cannot be opened{}: {}{}", path_, use == Use::write ? " for writing" : "",
-                std::generic_category().message(error), read_only ? "; open it read-only" : "");
+                std::generic_category().message(error), remedy);
   }
   struct stat status {};
   if (::fstat(fd_.get(), &status) != 0 || !(S_ISREG(status.st_mode) || S_ISBLK(status.st_mode)))

@@ -113,8 +113,6 @@ std::unique_ptr<block::Image> open_backing(const std::string& image, const std::
 void make(const ImageCommand& c, const std::string& path, uint64_t size, const NewFile& file, NewFile* data) {
   const std::string format = c.format.empty() ? "qcow2" : c.format;
   if (format == "raw") {
-    if (c.backing || !c.data_file.empty() || c.compress)
-      usage_error("{}: raw images have no backing or data file and no compression; use --format qcow2", path);
     if (::ftruncate(file.fd(), static_cast<off_t>(size)) != 0) throw_errno(path);
     if (c.preallocation == "full") require(::posix_fallocate(file.fd(), 0, static_cast<off_t>(size)), path);
     return;
@@ -140,7 +138,14 @@ void make(const ImageCommand& c, const std::string& path, uint64_t size, const N
 
 std::optional<NewFile> make_data_file(const ImageCommand& c, const std::string& image) {
   if (c.data_file.empty()) return std::nullopt;
-  return std::optional<NewFile>(std::in_place, block::backing_path(image, c.data_file));
+  const std::string path = block::backing_path(image, c.data_file);
+  // Whoever opens the image refuses another place.
+  if (!block::in_same_directory(image, path))
+    usage_error(
+        "--data-file: '{}' would not be in the directory of {}, as an image's data file must be; give a name "
+        "without a directory",
+        c.data_file, image);
+  return std::optional<NewFile>(std::in_place, path);
 }
 
 int create(ImageCommand c) {
@@ -238,6 +243,7 @@ int snapshot(const ImageCommand& c) {
           "{}: its reference counts are too narrow for another snapshot; 'lodge image convert' makes "
           "a copy with wider ones",
           c.file);
+    if (error == EINVAL) usage_error("{}: has as many snapshots as an image can have; delete some", c.file);
     require(error, fmt::format("{}: snapshot '{}'", c.file, name));
     require(image->close(), c.file + ": cannot be closed");
   }
@@ -248,7 +254,23 @@ int snapshot(const ImageCommand& c) {
   return 0;
 }
 
+// Before anything is open: the image would wait for its own lock.
+void refuse_own_backing(const ImageCommand& c) {
+  const std::string path = block::backing_path(c.file, *c.backing);
+  const auto refuse_itself = [&](const std::string& file) {
+    std::error_code error;
+    if (std::filesystem::equivalent(file, c.file, error))
+      usage_error("{}: cannot be its own backing file{}; choose another", c.file,
+                  file == path ? "" : ", nor lie behind that");
+  };
+  refuse_itself(path);
+  if (c.unsafe && !c.backing_format.empty()) return;  // the file need not be there yet
+  for (const auto& image : image_chain(path, c.backing_format, true))
+    refuse_itself(image["file"].get<std::string>());
+}
+
 int rebase(const ImageCommand& c) {
+  if (c.backing) refuse_own_backing(c);
   const OpenQcow2 image(c.file, false, !c.unsafe);
   std::unique_ptr<block::Image> backing;
   std::string format = c.backing_format;

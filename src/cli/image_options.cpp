@@ -11,6 +11,9 @@ namespace lodge::cli {
 namespace detail {
 namespace {
 
+constexpr const char *default_cluster_size = "64K", *default_refcount_bits = "16", *default_version = "3",
+                     *default_compression = "zlib";
+
 constexpr const char* sizes_help =
     "\nSizes are bytes, or numbers with K, M, G or T.\n"
     "Exit status: 0 done, 1 check has found damage, 2 wrong usage or an image that cannot be used, 12 an "
@@ -29,17 +32,21 @@ void add_format(CLI::App& command, RawImageOptions& raw, const char* help) {
 }
 
 void add_layout(CLI::App& command, RawImageOptions& raw) {
-  const auto value = [&](const char* name, std::string& text, const char* help, const char* type) {
-    command.add_option(name, text, help)->type_name(type)->capture_default_str();
+  const auto value = [&](const char* name, std::optional<std::string>& text, const char* help,
+                         const char* type, const char* fallback) {
+    command.add_option(name, text, help)->type_name(type)->default_str(fallback);
   };
   command.add_option("--backing", raw.backing, "start with this image's contents and keep only changes")
       ->type_name("FILE");
   command.add_option("--backing-format", raw.backing_format, "the backing file's format: raw or qcow2")
       ->type_name("FORMAT");
-  value("--cluster-size", raw.cluster_size, "qcow2: unit of allocation, 512 to 2M", "SIZE");
-  value("--compression", raw.compression, "qcow2: of compressed clusters, zlib or zstd", "METHOD");
-  value("--refcount-bits", raw.refcount_bits, "qcow2: width of reference counts, 1 to 64", "N");
-  value("--qcow2-version", raw.version, "qcow2: 2 or 3", "N");
+  value("--cluster-size", raw.cluster_size, "qcow2: unit of allocation, 512 to 2M", "SIZE",
+        default_cluster_size);
+  value("--compression", raw.compression, "qcow2: of compressed clusters, zlib or zstd", "METHOD",
+        default_compression);
+  value("--refcount-bits", raw.refcount_bits, "qcow2: width of reference counts, 1 to 64", "N",
+        default_refcount_bits);
+  value("--qcow2-version", raw.version, "qcow2: 2 or 3", "N", default_version);
   command.add_option("--data-file", raw.data_file, "qcow2: keep the data in this file of its own")
       ->type_name("FILE");
   command.add_flag("--raw-data", raw.raw_data, "qcow2: the data file is a raw image at any time");
@@ -251,6 +258,56 @@ void understand_build(const detail::RawImageOptions& raw, ImageCommand& c) {
   c.verbose = raw.verbose;
 }
 
+std::string snapshot_name(const char* option, const std::optional<std::string>& given) {
+  constexpr size_t longest = 255;
+  if (given && (given->empty() || given->size() > longest))
+    usage_error("image snapshot {}: a name has 1 to {} bytes, and this one has {}", option, longest,
+                given->size());
+  return given.value_or("");
+}
+
+// What create and convert are told about the image that they make.
+void understand_layout(const std::string& action, const detail::RawImageOptions& raw, ImageCommand& c) {
+  if (c.format == "raw") {
+    for (const auto& [option, given] : {std::pair{"--backing", !raw.backing.empty()},
+                                        {"--cluster-size", raw.cluster_size.has_value()},
+                                        {"--compression", raw.compression.has_value()},
+                                        {"--refcount-bits", raw.refcount_bits.has_value()},
+                                        {"--qcow2-version", raw.version.has_value()},
+                                        {"--data-file", !raw.data_file.empty()},
+                                        {"--raw-data", raw.raw_data},
+                                        {"--lazy-refcounts", raw.lazy_refcounts},
+                                        {"--subclusters", raw.subclusters},
+                                        {"--compress", raw.compress}})
+      if (given)
+        usage_error("image {}: a raw image has no {}; leave it out, or use --format qcow2", action, option);
+  }
+  if (!raw.backing_format.empty() && raw.backing.empty())
+    usage_error("image {}: --backing-format is the format of the backing file; give --backing FILE too",
+                action);
+  if (raw.compress && !raw.data_file.empty())
+    usage_error("image {}: --compress and --data-file exclude each other", action);
+  if (raw.compress && !raw.backing.empty())
+    usage_error("image {}: --compress and --backing exclude each other", action);
+  const std::string version = raw.version.value_or(detail::default_version),
+                    compression = raw.compression.value_or(detail::default_compression);
+  one_of("--qcow2-version", version, {"2", "3"});
+  c.version = version == "2" ? 2 : 3;
+  one_of("--compression", compression, {"zlib", "zstd"});
+  c.zstd = compression == "zstd";
+  const auto size = [](const char* option, const std::optional<std::string>& given, const char* fallback) {
+    return parse_bytes(option, given ? std::string_view(*given) : fallback);
+  };
+  c.cluster_bits = power(
+      "--cluster-size", size("--cluster-size", raw.cluster_size, detail::default_cluster_size), 512, 2 << 20);
+  c.refcount_order = power("--refcount-bits",
+                           size("--refcount-bits", raw.refcount_bits, detail::default_refcount_bits), 1, 64);
+  c.lazy_refcounts = raw.lazy_refcounts;
+  c.subclusters = raw.subclusters;
+  c.raw_data = raw.raw_data;
+  c.compress = raw.compress;
+}
+
 }  // namespace
 
 ImageCommand understand_image(const std::string& action, const detail::RawImageOptions& raw) {
@@ -258,6 +315,8 @@ ImageCommand understand_image(const std::string& action, const detail::RawImageO
   c.action = action_of(action);
   c.file = raw.file;
   c.target = raw.target;
+  if (c.file.empty() || (c.action == ImageCommand::Action::convert && c.target.empty()))
+    usage_error("image {}: a file's name is empty; give the path of an image", action);
   for (const auto& [option, text] : {std::pair{"--format", raw.format},
                                      {"--source-format", raw.source_format},
                                      {"--backing-format", raw.backing_format}})
@@ -271,16 +330,7 @@ ImageCommand understand_image(const std::string& action, const detail::RawImageO
   c.data_file = raw.data_file;
   one_of("--preallocation", raw.preallocation, {"off", "full"});
   c.preallocation = raw.preallocation;
-  one_of("--qcow2-version", raw.version, {"2", "3"});
-  c.version = raw.version == "2" ? 2 : 3;
-  one_of("--compression", raw.compression, {"zlib", "zstd"});
-  c.zstd = raw.compression == "zstd";
-  c.cluster_bits = power("--cluster-size", parse_bytes("--cluster-size", raw.cluster_size), 512, 2 << 20);
-  c.refcount_order = power("--refcount-bits", parse_bytes("--refcount-bits", raw.refcount_bits), 1, 64);
-  c.lazy_refcounts = raw.lazy_refcounts;
-  c.subclusters = raw.subclusters;
-  c.raw_data = raw.raw_data;
-  c.compress = raw.compress;
+  understand_layout(action, raw, c);
   one_of("--repair", raw.repair, {"", "leaks", "all"});
   c.repair = raw.repair;
   c.shrink = raw.shrink;
@@ -294,9 +344,9 @@ ImageCommand understand_image(const std::string& action, const detail::RawImageO
     usage_error("image create: say how large the disk is, like 'lodge image create {} 20G'", c.file);
   if (c.action == ImageCommand::Action::build) understand_build(raw, c);
   c.list = raw.list;
-  c.create_name = raw.create_name;
-  c.apply_name = raw.apply_name;
-  c.delete_name = raw.delete_name;
+  c.create_name = snapshot_name("--create", raw.create_name);
+  c.apply_name = snapshot_name("--apply", raw.apply_name);
+  c.delete_name = snapshot_name("--delete", raw.delete_name);
   if (c.list + !c.create_name.empty() + !c.apply_name.empty() + !c.delete_name.empty() > 1)
     usage_error("image snapshot: --list, --create, --apply and --delete exclude each other");
   c.no_backing = raw.no_backing;

@@ -44,8 +44,9 @@ namespace detail {
 // The options as text, before their values are understood.
 struct RawImageOptions {
   std::string file, target, format, source_format, size, backing, backing_format, data_file, repair,
-      cluster_size = "64K", refcount_bits = "16", version = "3", compression = "zlib", preallocation = "off";
-  std::string create_name, apply_name, delete_name;
+      preallocation = "off";
+  std::optional<std::string> cluster_size, refcount_bits, version, compression;
+  std::optional<std::string> create_name, apply_name, delete_name;
   std::string distribution = "debian", suite = "bookworm", build_size = "4G", mirror, hostname = "debian",
               password, ssh_key;
   std::vector<std::string> packages;

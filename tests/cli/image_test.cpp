@@ -228,6 +228,78 @@ TEST_F(ImageCommand, ImagesOfOtherFormatsAreRefusedByEveryCommand) {
   }
 }
 
+TEST_F(ImageCommand, ADataFileOutsideTheImagesDirectoryIsRefusedWhenItIsMade) {
+  std::filesystem::create_directory(path("sub"));
+  write("raw", contents());
+  const std::string disk = path("sub/disk");
+  refuse({"create", "--data-file", "../data", disk, "1M"}, "--data-file: '../data' would not be in");
+  refuse({"convert", "--data-file", "../data", path("raw"), disk}, "--data-file: '../data' would not be in");
+  EXPECT_FALSE(std::filesystem::exists(path("data")));
+  EXPECT_FALSE(std::filesystem::exists(disk));
+  succeed({"create", "--data-file", "../sub/data", disk, "1M"});
+  succeed({"convert", "--format", "raw", disk, path("back")});
+}
+
+TEST_F(ImageCommand, OptionsThatDoNotFitAreRefused) {
+  write("raw", contents());
+  for (const std::vector<std::string>& option : {std::vector<std::string>{"--cluster-size", "64K"},
+                                                 {"--compression", "zlib"},
+                                                 {"--refcount-bits", "16"},
+                                                 {"--qcow2-version", "3"},
+                                                 {"--data-file", "data"},
+                                                 {"--raw-data"},
+                                                 {"--lazy-refcounts"},
+                                                 {"--subclusters"},
+                                                 {"--backing", path("raw")}}) {
+    std::vector<std::string> create{"create", "--format", "raw", path("new"), "1M"},
+        convert{"convert", "--format", "raw", path("raw"), path("new")};
+    create.insert(create.begin() + 1, option.begin(), option.end());
+    convert.insert(convert.begin() + 1, option.begin(), option.end());
+    refuse(create, "image create: a raw image has no " + option[0]);
+    refuse(convert, "image convert: a raw image has no " + option[0]);
+  }
+  refuse({"convert", "--compress", "--format", "raw", path("raw"), path("new")}, "has no --compress;");
+  refuse({"create", "--backing-format", "raw", path("new"), "1M"}, "give --backing FILE too");
+  for (const char* option : {"--data-file", "--backing"})
+    refuse({"convert", "--compress", option, path("raw"), path("raw"), path("new")},
+           "--compress and " + std::string(option));
+  EXPECT_FALSE(std::filesystem::exists(path("new")));
+}
+
+TEST_F(ImageCommand, NamesThatCannotBeAreRefused) {
+  succeed({"create", path("disk"), "1M"});
+  for (const char* option : {"--create", "--apply", "--delete"}) {
+    refuse({"snapshot", path("disk"), option, ""}, "a name has 1 to 255 bytes, and this one has 0");
+    refuse({"snapshot", path("disk"), option, std::string(300, 'x')}, "and this one has 300\n");
+  }
+  succeed({"snapshot", path("disk"), "--create", std::string(255, 'x')});
+  refuse({"create", "", "1G"}, "image create: a file's name is empty");
+  refuse({"convert", path("disk"), ""}, "image convert: a file's name is empty");
+}
+
+TEST_F(ImageCommand, AnImageIsNotItsOwnBackingFile) {
+  succeed({"create", path("disk"), "1M"});
+  succeed({"create", "--backing", "disk", path("overlay")});
+  for (const std::vector<std::string>& more : {std::vector<std::string>{}, {"--unsafe"}}) {
+    std::vector<std::string> itself{"rebase", "--backing", "disk", path("disk")},
+        behind{"rebase", "--backing", "overlay", path("disk")};
+    itself.insert(itself.end(), more.begin(), more.end());
+    behind.insert(behind.end(), more.begin(), more.end());
+    refuse(itself, "disk: cannot be its own backing file; choose another");
+    refuse(behind, "disk: cannot be its own backing file, nor lie behind that");
+  }
+  refuse({"rebase", "--unsafe", "--backing", "disk", "--backing-format", "qcow2", path("disk")},
+         "cannot be its own backing file");
+}
+
+TEST_F(ImageCommand, WhatCannotBeWrittenNamesAFittingRemedy) {
+  if (::geteuid() == 0) GTEST_SKIP() << "root may write every file";
+  succeed({"create", path("disk"), "1M"});
+  std::filesystem::permissions(path("disk"), std::filesystem::perms::owner_read);
+  refuse({"resize", path("disk"), "2M"},
+         "get permission to write it, or give it to a guest as FILE,readonly");
+}
+
 TEST_F(ImageCommand, RefusesWithOneLineThatNamesTheRemedy) {
   succeed({"create", path("disk"), "1M"});
   refuse({"create", path("disk"), "1M"}, "is there already");
