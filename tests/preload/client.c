@@ -7,7 +7,9 @@
 #include <limits.h>
 #include <linux/kvm.h>
 #include <malloc.h>
+#include <poll.h>
 #include <pthread.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -16,6 +18,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/uio.h>
@@ -131,7 +134,10 @@ static void test_fork(void) {
     const int refused = ioctl(vcpu, KVM_RUN, 0) == -1 && errno == EIO;
     close(vcpu);
     close(vm);
-    // A machine of its own.
+    // /dev/kvm is no process's, and a machine of its own it may have.
+    CHECK(ioctl(dev, KVM_GET_API_VERSION, 0) == KVM_API_VERSION);
+    const int another = ioctl(dev, KVM_CREATE_VM, 0);
+    CHECK(another >= 0 && ioctl(another, KVM_CREATE_VCPU, 0) >= 0);
     make_machine(counts, sizeof counts);
     _exit(refused && next_out() == 1 ? 0 : 1);
   }
@@ -290,6 +296,150 @@ static void test_unblocked(void) {
     }
   }
 }
+
+// A guard of ours does not outlive the memory that it was for, and is not put on the client's own protection.
+static const char* protection_of(const void* address) {
+  static char line[512];
+  FILE* maps = fopen("/proc/self/maps", "r");
+  CHECK(maps != NULL);
+  unsigned long first, last;
+  char* found = NULL;
+  while (found == NULL && fgets(line, sizeof line, maps) != NULL)
+    if (sscanf(line, "%lx-%lx", &first, &last) == 2 && (uintptr_t)address >= first &&
+        (uintptr_t)address < last)
+      found = strchr(line, ' ') + 1;
+  CHECK(found != NULL && fclose(maps) == 0);
+  found[4] = 0;
+  return found;
+}
+static void remove_slot(void) {
+  struct kvm_userspace_memory_region region = {.userspace_addr = (uintptr_t)ram};
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+}
+static void test_protection(void) {
+  uint8_t* const page = (make_machine(counts, sizeof counts), ram + code);
+  // The client's own, before the guest runs from it and after.
+  CHECK(mprotect(page, 4096, PROT_READ) == 0 && next_out() == 1);
+  CHECK(strcmp(protection_of(page), "r--p") == 0);
+  CHECK(mprotect(page, 4096, PROT_READ | PROT_WRITE) == 0);
+  page[1] = 2;
+  CHECK(next_out() == 2);
+  CHECK(mprotect(page, 4096, PROT_READ) == 0 && next_out() == 2);
+  remove_slot();
+  CHECK(strcmp(protection_of(page), "r--p") == 0);
+  // Something else lies there when the slot goes.
+  make_machine(counts, sizeof counts);
+  CHECK(next_out() == 1 && munmap(ram, ram_size) == 0);
+  void* const other =
+      mmap(ram, ram_size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  CHECK(other == ram);
+  remove_slot();
+  CHECK(strcmp(protection_of(ram + code), "---p") == 0);
+}
+
+// What the guest has run is not run again when its memory is another.
+static void test_mappings(void) {
+  make_machine(counts, sizeof counts);
+  uint8_t* const page = ram + code;
+  const int anonymous = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED;
+  static uint8_t twos[4096] = {0xb0, 2, 0xe6, 0x10, 0xeb, 0xfa};
+  const int file = memfd_create("twos", 0);
+  CHECK(file >= 0 && write(file, twos, sizeof twos) == (ssize_t)sizeof twos);
+  CHECK(next_out() == 1);
+  CHECK(mmap(page, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0) == page);
+  CHECK(next_out() == 2);
+  page[1] = 3;
+  CHECK(next_out() == 3 && madvise(page, 4096, MADV_DONTNEED) == 0);
+  CHECK(next_out() == 2);
+  CHECK(mmap(page, 4096, PROT_READ | PROT_WRITE, anonymous, -1, 0) == page);
+  memcpy(page, counts, sizeof counts);
+  CHECK(next_out() == 1);
+  void* const spare = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE, file, 0);
+  CHECK(spare != MAP_FAILED && mremap(spare, 4096, 4096, MREMAP_MAYMOVE | MREMAP_FIXED, page) == page);
+  CHECK(next_out() == 2);
+  FILE* const stream = tmpfile();
+  CHECK(stream != NULL && fwrite("\xb0\4", 1, 2, stream) == 2);
+  rewind(stream);
+  CHECK(setvbuf(stream, NULL, _IONBF, 0) == 0 && fread(page, 1, 2, stream) == 2);
+  CHECK(next_out() == 4 && fclose(stream) == 0);
+  CHECK(getrandom(page + 2048, 16, 0) == 16);
+}
+
+// A descriptor of ours as the kernel's.
+static void test_generic(void) {
+  make_machine(counts, sizeof counts);
+  char byte;
+  struct pollfd both = {.fd = vm, .events = POLLIN | POLLOUT};
+  CHECK(read(vm, &byte, 1) <= 0);  // at once
+  CHECK(ioctl(vm, FIONCLEX) == 0 && (fcntl(vm, F_GETFD) & FD_CLOEXEC) == 0);
+  CHECK(ioctl(vm, FIOCLEX) == 0 && (fcntl(vm, F_GETFD) & FD_CLOEXEC) != 0);
+  CHECK(poll(&both, 1, 0) == 1 && both.revents == (POLLIN | POLLOUT));
+  CHECK(mmap(NULL, 4096, PROT_READ, MAP_SHARED, dev, 0) == MAP_FAILED && errno == ENODEV);
+  CHECK(open("/dev/kvm", O_RDWR | O_CREAT | O_EXCL, 0600) == -1 && errno == EEXIST);
+  CHECK(open("/dev/kvm", O_RDWR | O_DIRECTORY) == -1 && errno == ENOTDIR);
+  FILE* const stream = fdopen(dup(vm), "r");
+  const int number = fileno(stream);
+  CHECK(fclose(stream) == 0 && open("/dev/zero", O_RDONLY) == number);
+  CHECK(ioctl(number, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == -1 && errno == ENOTTY);
+}
+
+static volatile sig_atomic_t refused, value;
+static sigjmp_buf back;
+static void use_vcpu(int number, siginfo_t* info, void* context) {
+  (void)number, (void)context;
+  struct kvm_regs regs;
+  if (ioctl(vcpu, KVM_GET_REGS, &regs) != 0) refused = refused + 1;
+  value = info->si_value.sival_int;
+  handled = handled + 1;
+}
+static void jump_back(int number) {
+  (void)number;
+  handled = handled + 1;
+  siglongjmp(back, 1);
+}
+static void* send_value(void* what) {
+  const struct sent* const sent = what;
+  usleep(20000);
+  CHECK(pthread_sigqueue(sent->thread, sent->number, (union sigval){.sival_int = 77}) == 0);
+  return NULL;
+}
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // System V's names
+// A handler may use the vCPU whose run it ended, or not return at all.
+static void test_handler(void) {
+  make_machine(spins, sizeof spins);
+  const int numbers[] = {SIGUSR1, SIGSEGV, SIGTRAP};
+  struct sigaction action = {.sa_sigaction = use_vcpu, .sa_flags = SA_SIGINFO};
+  struct sent sent = {pthread_self(), 0};
+  pthread_t other;
+  for (int i = 0; i < 3; ++i) {
+    sent.number = numbers[i];
+    value = 0;
+    CHECK(sigaction(numbers[i], &action, NULL) == 0);
+    CHECK(pthread_create(&other, NULL, send_value, &sent) == 0);
+    CHECK(ioctl(vcpu, KVM_RUN, 0) == -1 && errno == EINTR && pthread_join(other, NULL) == 0);
+    CHECK(handled == i + 1 && refused == 0 && value == 77);
+  }
+  handled = 0;
+  CHECK(signal(SIGALRM, jump_back) == SIG_DFL);
+  for (volatile int round = 1; round <= 3; ++round) {
+    set_alarm();
+    if (sigsetjmp(back, 1) == 0) {
+      ioctl(vcpu, KVM_RUN, 0);
+      CHECK(!"left by force");
+    }
+    struct kvm_regs regs;
+    CHECK(handled == round && ioctl(vcpu, KVM_GET_REGS, &regs) == 0);
+  }
+  handled = 0;
+  CHECK(sigset(SIGUSR2, on_signal) == SIG_DFL);
+  sent.number = SIGUSR2;
+  CHECK(pthread_create(&other, NULL, send_number, &sent) == 0);
+  CHECK(ioctl(vcpu, KVM_RUN, 0) == -1 && errno == EINTR && handled == 1 && pthread_join(other, NULL) == 0);
+  CHECK(sigset(SIGUSR2, SIG_HOLD) == on_signal && sigset(SIGUSR2, SIG_DFL) == SIG_HOLD);
+  CHECK(sigignore(SIGUSR2) == 0 && sigset(SIGUSR2, SIG_DFL) == SIG_IGN);
+}
+#pragma GCC diagnostic pop
 
 // A thread that may be cancelled anywhere is cancelled in the middle of the guest, and its vCPU can be used
 // again.
@@ -581,6 +731,10 @@ static const struct {
              {"fork", test_fork},
              {"writes", test_writes},
              {"vectors", test_vectors},
+             {"protection", test_protection},
+             {"mappings", test_mappings},
+             {"generic", test_generic},
+             {"handler", test_handler},
              {"signal", test_signal},
              {"mask", test_mask},
              {"alarm", test_alarm},

@@ -38,8 +38,9 @@ TEST_P(Preload, ClientIsServedByTheInterpreter) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Preload,
-                         testing::Values("run", "descriptors", "fork", "writes", "vectors", "signal", "mask",
-                                         "alarm", "blocked", "immediate", "kick", "unblocked", "cancel",
+                         testing::Values("run", "descriptors", "fork", "writes", "vectors", "protection",
+                                         "mappings", "generic", "handler", "signal", "mask", "alarm",
+                                         "blocked", "immediate", "kick", "unblocked", "cancel",
                                          "cancel_later", "arguments", "leaks", "coalesced", "uring"),
                          [](const auto& test) { return std::string(test.param); });
 

@@ -1,6 +1,8 @@
 #include "kvm/preload/file.hpp"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/epoll.h>
 
 #include <atomic>
 #include <cerrno>
@@ -22,10 +24,16 @@ void note_fork() noexcept {
   forks.fetch_add(1);
 }
 
-File::File() : forks_(forks.load()) {}
+Fd placeholder(int flags) noexcept {
+  Fd fd(::open("/dev/null", flags, 0));
+  if (fd || errno != ENOENT) return fd;
+  return Fd(::epoll_create1((flags & O_CLOEXEC) != 0 ? EPOLL_CLOEXEC : 0));  // a root directory without /dev
+}
+
+File::File(Owner owner) : owner_(owner), forks_(forks.load()) {}
 
 bool File::foreign() const noexcept {
-  return forks_ != forks.load(std::memory_order_relaxed);
+  return owner_ == Owner::one_process && forks_ != forks.load(std::memory_order_relaxed);
 }
 
 int File::ioctl(unsigned long request, unsigned long argument) noexcept {

@@ -7,7 +7,6 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -87,14 +86,6 @@ int note_replacement(int fd, int copy, int result) noexcept {
   return table().contains(fd) ? note_copy(fd, copy) : result;
 }
 
-void* finish_mapping(int fd, void* mapping, size_t size, off_t offset) noexcept {
-  const auto file = table().find(fd);
-  if (!file || file->foreign() || file->mapped(mapping, size, static_cast<uint64_t>(offset))) return mapping;
-  ::munmap(mapping, size);
-  errno = ENOMEM;
-  return MAP_FAILED;
-}
-
 }  // namespace
 }  // namespace lodge::kvm::preload
 
@@ -154,6 +145,11 @@ int answer(int fd, unsigned long request, unsigned long argument) noexcept {
   return file ? file->ioctl(request & 0xffffffff, argument) : -EBADF;
 }
 
+// What the kernel answers for every descriptor itself (ioctl_list(2), fs/ioctl.c).
+bool is_any_files(unsigned long request) noexcept {
+  return request == FIOCLEX || request == FIONCLEX || request == FIONBIO || request == FIOASYNC;
+}
+
 }  // namespace
 
 // ioctl, but for what the C library's header promises of it: a cancelled thread ends here, by an exception.
@@ -165,7 +161,7 @@ int cancellable_ioctl(int fd, unsigned long request, ...) {
   const auto argument = va_arg(list, unsigned long);
   va_end(list);
   const bool held_back = hold_back_cancellation();
-  if (!table().contains(fd)) {
+  if (!table().contains(fd) || is_any_files(request)) {
     if (held_back) admit_cancellation();
     return next.get()(fd, request, argument);
   }
@@ -180,6 +176,13 @@ LODGE_EXPORT int close(int fd) {
   static constinit Next<int (*)(int)> next("close");
   table().remove(fd);
   return next.get()(fd);
+}
+
+// The C library closes the descriptor by itself.
+LODGE_EXPORT int fclose(FILE* stream) {
+  static constinit Next<int (*)(FILE*)> next("fclose");
+  if (const int fd = ::fileno(stream); fd >= 0) table().remove(fd);
+  return next.get()(stream);
 }
 
 LODGE_EXPORT int close_range(unsigned first, unsigned last, int flags) noexcept {
@@ -224,19 +227,6 @@ LODGE_EXPORT int dup3(int fd, int copy, int flags) noexcept {
     const bool copies = command == F_DUPFD || command == F_DUPFD_CLOEXEC;   \
     return copies && table().contains(fd) ? note_copy(fd, result) : result; \
   }
-
-// A vCPU's descriptor is a file that holds most of what its mapping shows; the File puts in the rest.
-#define LODGE_MMAP(name)                                                                             \
-  LODGE_EXPORT void* name(void* start, size_t size, int protection, int flags, int fd,               \
-                          off_t offset) noexcept {                                                   \
-    static constinit Next<void* (*)(void*, size_t, int, int, int, off_t)> next(#name);               \
-    void* const mapping = next.get()(start, size, protection, flags, fd, offset);                    \
-    return table().contains(fd) && mapping != MAP_FAILED ? finish_mapping(fd, mapping, size, offset) \
-                                                         : mapping;                                  \
-  }
-
-LODGE_MMAP(mmap)
-LODGE_MMAP(mmap64)
 
 LODGE_FCNTL(fcntl)
 LODGE_FCNTL(fcntl64)
@@ -289,6 +279,36 @@ LODGE_EXPORT sighandler_t sysv_signal(int number, sighandler_t handler) noexcept
 
 LODGE_EXPORT sighandler_t __sysv_signal(int number, sighandler_t handler) noexcept {
   return set_handler(number, handler, static_cast<int>(SA_RESETHAND) | SA_NODEFER);
+}
+
+LODGE_EXPORT int sigignore(int number) noexcept {
+  return set_handler(number, SIG_IGN, 0) == SIG_ERR ? -1 : 0;
+}
+
+LODGE_EXPORT sighandler_t sigset(int number, sighandler_t handler) noexcept {
+  sigset_t one, before;
+  ::sigemptyset(&one);
+  if (::sigaddset(&one, number) != 0) return SIG_ERR;
+  sighandler_t old = SIG_ERR;
+  if (handler == SIG_HOLD) {
+    struct sigaction action {};
+    if (client_sigaction(number, nullptr, &action) != 0) return SIG_ERR;
+    old = action.sa_handler;
+  } else if (old = set_handler(number, handler, 0); old == SIG_ERR) {
+    return SIG_ERR;
+  }
+  if (::sigprocmask(handler == SIG_HOLD ? SIG_BLOCK : SIG_UNBLOCK, &one, &before) != 0) return SIG_ERR;
+  return ::sigismember(&before, number) == 1 ? SIG_HOLD : old;
+}
+
+LODGE_EXPORT int siginterrupt(int number, int interrupt) noexcept {
+  struct sigaction action {};
+  if (client_sigaction(number, nullptr, &action) != 0) return -1;
+  if (interrupt != 0)
+    action.sa_flags &= ~SA_RESTART;
+  else
+    action.sa_flags |= SA_RESTART;
+  return client_sigaction(number, &action, nullptr);
 }
 
 LODGE_EXPORT int pthread_sigmask(int how, const sigset_t* set, sigset_t* old) noexcept {

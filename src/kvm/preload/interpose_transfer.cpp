@@ -7,6 +7,7 @@
 // What is not seen here: a client's own system calls, and memory that another process writes to.
 #undef _FORTIFY_SOURCE
 #include <dlfcn.h>
+#include <sys/random.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstdio>
 
 #include "kvm/preload/next.hpp"
 #include "kvm/soft/mmu/write_guard.hpp"
@@ -111,6 +113,33 @@ LODGE_EXPORT ssize_t recvmsg(int fd, msghdr* message, int flags) {
   static constinit Next<ssize_t (*)(int, msghdr*, int)> next("recvmsg");
   return filling([&] { return next.get()(fd, message, flags); }, message->msg_iov,
                  static_cast<int>(std::min<size_t>(message->msg_iovlen, IOV_MAX + 1)));
+}
+
+// Streams and others fill the memory by a system call of the C library's own, which is not seen here and is
+// not tried again.
+#define LODGE_FREAD(name)                                                           \
+  LODGE_EXPORT size_t name(void* buffer, size_t size, size_t count, FILE* stream) { \
+    static constinit Next<size_t (*)(void*, size_t, size_t, FILE*)> next(#name);    \
+    size_t bytes = 0;                                                               \
+    if (!__builtin_mul_overflow(size, count, &bytes)) admit(buffer, bytes);         \
+    return next.get()(buffer, size, count, stream);                                 \
+  }
+LODGE_FREAD(fread)
+LODGE_FREAD(fread_unlocked)
+
+#define LODGE_FREAD_CHK(name)                                                                    \
+  LODGE_EXPORT size_t name(void* buffer, size_t room, size_t size, size_t count, FILE* stream) { \
+    static constinit Next<size_t (*)(void*, size_t, size_t, size_t, FILE*)> next(#name);         \
+    size_t bytes = 0;                                                                            \
+    if (!__builtin_mul_overflow(size, count, &bytes)) admit(buffer, bytes);                      \
+    return next.get()(buffer, room, size, count, stream);                                        \
+  }
+LODGE_FREAD_CHK(__fread_chk)
+LODGE_FREAD_CHK(__fread_unlocked_chk)
+
+LODGE_EXPORT ssize_t getrandom(void* buffer, size_t size, unsigned flags) {
+  static constinit Next<ssize_t (*)(void*, size_t, unsigned)> next("getrandom");
+  return filling([&] { return next.get()(buffer, size, flags); }, buffer, size);
 }
 
 // liburing's, whose results are negative errnos; whatever their arguments are.

@@ -44,6 +44,11 @@ uint64_t change_mask(int how, uint64_t mask) noexcept {
   return before;
 }
 
+// Sends the calling thread a signal as somebody else has sent it.
+bool queue(int number, const siginfo_t& info) noexcept {
+  return ::syscall(SYS_rt_tgsigqueueinfo, ::getpid(), ::syscall(SYS_gettid), number, &info) == 0;
+}
+
 // What the client has asked for. Handlers read it, so there are no locks: a reader looks whether a writer was
 // there meanwhile, and a writer holds back its own thread's signals.
 class ClientAction {
@@ -198,17 +203,22 @@ SignalsWhileRunning::SignalsWhileRunning(Vcpu& vcpu, const std::optional<uint64_
 SignalsWhileRunning::~SignalsWhileRunning() {
   running = outer_;
   if (restore_) change_mask(SIG_SETMASK, before_);
-  for (uint64_t held = held_; held != 0; held &= held - 1) ::raise(std::countr_zero(held) + 1);
+  for (uint64_t held = held_; held != 0; held &= held - 1) {
+    const int number = std::countr_zero(held) + 1;
+    queue(number, sent_with_[static_cast<size_t>(number)]);
+  }
 }
 
 bool SignalsWhileRunning::postpone(int number, siginfo_t* info, uint64_t& mask_on_return) noexcept {
+  postponed_ = true;
   vcpu_.kick();
-  if ((never_blocked & bit(number)) != 0) {
+  if ((faults & bit(number)) != 0) {
+    sent_with_[static_cast<size_t>(number)] = *info;
     held_ = held_ | bit(number);
     return true;
   }
   // The signal is blocked while its handler runs, so it stays in the queue.
-  if (::syscall(SYS_rt_tgsigqueueinfo, ::getpid(), ::syscall(SYS_gettid), number, info) != 0) return false;
+  if (!queue(number, *info)) return false;
   if (!restore_) {
     before_ = mask_on_return;
     restore_ = true;

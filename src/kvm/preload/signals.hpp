@@ -10,6 +10,7 @@
 
 #include <signal.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
 
@@ -40,6 +41,7 @@ class SignalsWhileRunning {
 
   // For the handler: KVM_RUN ends, and the signal waits until it has returned. False: it cannot be put back.
   bool postpone(int number, siginfo_t* info, uint64_t& mask_on_return) noexcept;
+  bool postponed() const noexcept { return postponed_; }
 
  private:
   Vcpu& vcpu_;
@@ -47,7 +49,9 @@ class SignalsWhileRunning {
   // Only this thread and its handlers see these.
   volatile bool restore_ = false;
   volatile uint64_t before_ = 0;  // the thread's mask, when restore_ is set
-  volatile uint64_t held_ = 0;    // signals to be sent anew
+  volatile bool postponed_ = false;
+  volatile uint64_t held_ = 0;           // signals to be sent anew,
+  std::array<siginfo_t, 32> sent_with_;  // as they were
 };
 
 }  // namespace lodge::kvm::preload

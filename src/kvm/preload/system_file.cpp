@@ -1,6 +1,5 @@
 // /dev/kvm itself (api.rst: "System ioctls").
 #include <fcntl.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -46,7 +45,7 @@ std::shared_ptr<System> the_system() {
 
 class SystemFile final : public File {
  public:
-  SystemFile() : system_(the_system()) {}
+  SystemFile() : File(Owner::any_process), system_(the_system()) {}
 
  private:
   const char* name() const noexcept override { return "/dev/kvm"; }
@@ -85,7 +84,7 @@ class SystemFile final : public File {
 }  // namespace
 
 OpenedFile open_system(int flags) {
-  Fd fd(::memfd_create("dev-kvm", (flags & O_CLOEXEC) != 0 ? MFD_CLOEXEC : 0));
+  Fd fd = placeholder(flags);
   if (!fd) throw_errno("/dev/kvm");
   return {std::move(fd), std::make_shared<SystemFile>()};
 }

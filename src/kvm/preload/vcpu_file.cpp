@@ -36,9 +36,9 @@ class VcpuFile final : public File {
  private:
   const char* name() const noexcept override { return "a vCPU"; }
   int answer(unsigned long number, unsigned long argument) override {
+    if (number == KVM_RUN) return argument == 0 ? run() : -EINVAL;
     // As in the kernel, whoever comes while the vCPU runs waits until it has left the guest.
     const std::lock_guard lock(mutex_);
-    if (number == KVM_RUN) return argument == 0 ? run() : -EINVAL;
     if (const int result = registers(number, argument); result != -ENOTTY) return result;
     if (const int result = lists(number, argument); result != -ENOTTY) return result;
     return control(number, argument);
@@ -46,8 +46,16 @@ class VcpuFile final : public File {
 
   int run() {
     const CancellableRun cancellable(*vcpu_);
-    SignalsWhileRunning signals(*vcpu_, signal_mask_);
+    // The client's handlers run when this goes, without the lock: they may use the vCPU, or not return.
+    SignalsWhileRunning signals(*vcpu_, signal_mask());
+    const std::lock_guard lock(mutex_);
+    if (signals.postponed()) vcpu_->kick();  // the first kick may have ended another thread's run
     return vcpu_->run().status();
+  }
+
+  std::optional<uint64_t> signal_mask() {
+    const std::lock_guard lock(mutex_);
+    return signal_mask_;
   }
 
   int registers(unsigned long number, unsigned long argument) {

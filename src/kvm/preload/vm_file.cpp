@@ -1,7 +1,7 @@
 // A VM (api.rst: "VM ioctls"): each ioctl is one call of the contract.
 #include "kvm/preload/vm_file.hpp"
 
-#include <sys/eventfd.h>
+#include <fcntl.h>
 
 #include <map>
 #include <mutex>
@@ -157,7 +157,7 @@ int check_extension(int accelerator, unsigned long capability) noexcept {
 
 int create_vm(const std::shared_ptr<System>& system) {
   adopt_signal_handlers();
-  Fd fd(::eventfd(0, EFD_CLOEXEC));
+  Fd fd = placeholder(O_RDWR | O_CLOEXEC);
   if (!fd) throw_errno("cannot make a VM's descriptor");
   return table().add({std::move(fd), std::make_shared<VmFile>(system->create_vm())});
 }

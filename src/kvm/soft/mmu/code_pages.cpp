@@ -11,6 +11,18 @@ void protect(uint64_t host, uint64_t size, int protection) noexcept {
   ::mprotect(reinterpret_cast<void*>(host), size, protection);
 }
 
+bool refuses_writes(uint64_t host) noexcept {
+  return ::madvise(reinterpret_cast<void*>(host), page_size, MADV_POPULATE_WRITE) != 0 && errno == EINVAL;
+}
+
+// Whether the VMM's mapping lets the page be written to: what it does not, needs no guard, and must not be
+// writable when that is lifted. Linux before 5.14 cannot tell: it refuses this for the stack, too.
+bool writable(uint64_t host) noexcept {
+  static const bool told =
+      !refuses_writes(reinterpret_cast<uint64_t>(__builtin_frame_address(0)) & ~page_mask);
+  return !told || !refuses_writes(host);
+}
+
 }  // namespace
 
 bool CodePages::mark_guarded(uint64_t host, const std::atomic<bool>& retired) noexcept {
@@ -20,7 +32,9 @@ bool CodePages::mark_guarded(uint64_t host, const std::atomic<bool>& retired) no
   if (retired.load()) return true;
   if ((word[page].load() & has_code) != 0) return true;
   if (watch_.guarded.load() >= CodeWatch::max_guarded) return false;
-  if (::mprotect(reinterpret_cast<void*>(host), page_size, PROT_READ) == 0) {
+  if (!writable(host)) {
+    // Nothing to do: who makes it writable tells, as for every change of a mapping.
+  } else if (::mprotect(reinterpret_cast<void*>(host), page_size, PROT_READ) == 0) {
     guarded_[page / 64] |= uint64_t{1} << page % 64;
     watch_.guarded.fetch_add(1);
   } else if (errno == ENOMEM && watch_.guarded.load() > 0) {
@@ -62,19 +76,26 @@ bool CodePages::admit(uint64_t host) noexcept {
 
 void CodePages::forget(uint64_t host, uint64_t size) noexcept {
   const std::lock_guard lock(mutex_);
-  uint32_t lifted = 0;
-  for (unsigned page = index(host), left = static_cast<unsigned>(size >> page_shift); left > 0;
-       ++page, --left) {
+  // Neighbours at once; what the VMM has protected itself stays so.
+  uint64_t run = 0;
+  const auto lift = [&](uint64_t end) {
+    protect(end - run, run, PROT_READ | PROT_WRITE);
+    watch_.guarded.fetch_sub(static_cast<uint32_t>(run >> page_shift));
+    run = 0;
+  };
+  for (uint64_t at = host; at < host + size; at += page_size) {
+    const unsigned page = index(at);
     const uint64_t bit = uint64_t{1} << page % 64;
-    if ((guarded_[page / 64] & bit) != 0) ++lifted;
+    if ((guarded_[page / 64] & bit) != 0)
+      run += page_size;
+    else if (run != 0)
+      lift(at);
     guarded_[page / 64] &= ~bit;
     uint32_t value = word[page].load();
     while ((value & has_code) != 0 && !word[page].compare_exchange_weak(value, (value & ~has_code) + 2)) {
     }
   }
-  // At once: the pieces grow together again.
-  if (lifted > 0) protect(host, size, PROT_READ | PROT_WRITE);
-  watch_.guarded.fetch_sub(lifted);
+  if (run != 0) lift(host + size);
 }
 
 std::shared_ptr<CodePages> CodeWatch::pages_of(uint64_t host) {
