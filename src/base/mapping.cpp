@@ -28,7 +28,8 @@ Mapping Mapping::anonymous(size_t size) {
 }
 
 Mapping Mapping::file(const std::string& path, const std::string& option) {
-  const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // O_NONBLOCK: to open a FIFO would wait for its writer before it can be refused.
+  const Fd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (!fd) usage_error("{} {}: {}", option, path, std::strerror(errno));
   struct stat status {};
   if (::fstat(fd.get(), &status) != 0) usage_error("{} {}: {}", option, path, std::strerror(errno));
