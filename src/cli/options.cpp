@@ -3,6 +3,7 @@
 #include <CLI/Config.hpp>
 #include <CLI/Formatter.hpp>
 #include <algorithm>
+#include <charconv>
 
 #include "base/error.hpp"
 #include "cli/version.hpp"
@@ -165,7 +166,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
          "--disk", raw.disks,
          "a disk: "
          "FILE[,readonly][,snapshot][,format=raw|qcow2][,serial=TEXT][,queues=N][,iops=N][,bps=SIZE]; "
-         "repeatable")
+         "a comma in FILE is written twice; repeatable")
       ->type_name("DISK")
       ->allow_extra_args(false);
   run->add_option(
@@ -175,7 +176,7 @@ std::unique_ptr<CLI::App> describe_command_line(RawOptions& raw) {
       ->type_name("WHERE");
   run->add_option("--share", raw.shares,
                   "a folder for the guest (Linux: mount -t virtiofs TAG DIRECTORY): "
-                  "PATH:TAG[,readonly][,owner=UID:GID]; repeatable")
+                  "PATH:TAG[,readonly][,owner=UID:GID]; a comma in PATH is written twice; repeatable")
       ->type_name("FOLDER")
       ->allow_extra_args(false);
   run->add_option(
@@ -270,6 +271,13 @@ void add_boot_disk(const detail::RawOptions& raw, vm::VmConfig& config) {
   if (!given) config.devices.push_back({"virtio-rng", {}});
 }
 
+std::optional<unsigned> number(std::string_view text) {
+  unsigned value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc{} || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
 machine::MemoryOptions understand_memory(const detail::RawOptions& raw) {
   machine::MemoryOptions options;
   options.mergeable = raw.ksm;
@@ -278,7 +286,11 @@ machine::MemoryOptions understand_memory(const detail::RawOptions& raw) {
   if (!raw.huge_pages.empty()) options.huge_page_size = vm::parse_huge_pages("--hugepages", raw.huge_pages);
   options.preallocate = raw.preallocate;
   options.lock = raw.memory_lock;
-  options.numa_node = raw.numa_node;
+  if (raw.numa_node) {
+    options.numa_node = number(*raw.numa_node);
+    if (!options.numa_node)
+      usage_error("--numa-node: '{}' is not the number of a memory node; give 0, 1...", *raw.numa_node);
+  }
   return options;
 }
 
@@ -289,8 +301,11 @@ void add_balloon(vm::VmConfig& config) {
 }
 
 // Ports in the last places of the bus, so that they take none of those that other devices get.
-void add_slots(unsigned count, vm::VmConfig& config) {
+void add_slots(const std::string& text, vm::VmConfig& config) {
   constexpr unsigned most = 8, last_place = 0x1e;
+  const auto given = number(text);
+  if (!given) usage_error("--hotplug: '{}' is not a number of slots from 0 to {}", text, most);
+  const unsigned count = *given;
   if (count > most) usage_error("--hotplug: {} are more than the {} that a machine can have", count, most);
   if (count != 0 && config.machine == vm::MachineType::micro)
     usage_error("--hotplug: --machine micro has no PCI; take --machine pc");
@@ -303,6 +318,11 @@ void add_slots(unsigned count, vm::VmConfig& config) {
 // Forwards belong to the first user-mode network, which they imply.
 void add_networks(const detail::RawOptions& raw, vm::VmConfig& config) {
   std::vector<vm::DeviceConfig> cards;
+  if (std::ranges::find(raw.networks, "none") != raw.networks.end()) {
+    if (raw.networks.size() > 1) usage_error("--net: 'none' and a network exclude each other; leave one out");
+    if (!raw.forwards.empty())
+      usage_error("--forward: a port leads into the guest through --net user; leave --net none out");
+  }
   if (raw.networks.empty() && !raw.boot_disk.empty()) cards.push_back(vm::parse_network("--net", "user"));
   for (const auto& text : raw.networks)
     if (text != "none") cards.push_back(vm::parse_network("--net", text));

@@ -61,8 +61,8 @@ struct RawOptions {
   bool snapshot = false, no_reboot = false, stats = false, perf_map = false, run_json = false,
        doctor_json = false;
   std::string control, transparent_huge_pages = "auto", huge_pages;
-  std::optional<unsigned> numa_node;
-  unsigned hotplug = 0;
+  std::optional<std::string> numa_node;
+  std::string hotplug = "0";
   bool no_balloon = false, ksm = false, preallocate = false, memory_lock = false;
   RawSeedOptions seed;
   CtlCommand ctl;

@@ -19,6 +19,7 @@
 
 #include <atomic>
 #include <cerrno>
+#include <charconv>
 #include <cstring>
 #include <future>
 #include <mutex>
@@ -61,6 +62,12 @@ Address parse_address(const std::string& option, const std::string& text) {
     usage_error("{}: give a path with a '/' or HOST:PORT, for example ./net.sock or 127.0.0.1:9000", option);
   std::string host = text.substr(0, colon);
   if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  // getaddrinfo would take it modulo 65536.
+  const std::string_view digits = std::string_view(text).substr(colon + 1);
+  uint16_t port = 0;
+  const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), port);
+  if (error != std::errc{} || end != digits.data() + digits.size() || port == 0)
+    usage_error("{}: '{}' is not a port; give a number from 1 to 65535", option, digits);
   addrinfo hints{}, *found = nullptr;
   hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV;
   hints.ai_socktype = SOCK_STREAM;

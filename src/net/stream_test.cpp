@@ -181,7 +181,8 @@ TEST_F(StreamTest, PiecesOfAnySizeMakeFrames) {
 }
 
 TEST_F(StreamTest, WrongAddressesAreRefused) {
-  for (const char* wrong : {"", "nothing", ":1", "example.org:1", "127.0.0.1:x"})
+  for (const char* wrong :
+       {"", "nothing", ":1", "example.org:1", "127.0.0.1:x", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536"})
     EXPECT_THROW(open_stream({.listen = wrong}), UsageError) << wrong;
   EXPECT_THROW(open_stream({.listen = "/no/such/directory/socket"}), UsageError);
   EXPECT_THROW(open_stream({.listen = "/" + std::string(200, 'x')}), UsageError);

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <charconv>
 #include <climits>
 #include <cstdio>
 #include <cstring>
@@ -39,9 +40,12 @@ constexpr uint32_t init_flags = FUSE_ASYNC_READ | FUSE_ATOMIC_O_TRUNC | FUSE_BIG
 
 Owners owners_of_process(std::string_view option, const std::string& guest) {
   Owners owners{::geteuid() != 0, ::geteuid(), ::getegid()};
-  int length = 0;
-  if (std::sscanf(guest.c_str(), "%9u:%9u%n", &owners.guest_uid, &owners.guest_gid, &length) != 2 ||
-      static_cast<size_t>(length) != guest.size())
+  const char* const last = guest.data() + guest.size();
+  const auto uid = std::from_chars(guest.data(), last, owners.guest_uid);
+  const auto gid = std::from_chars(std::min(uid.ptr + 1, last), last, owners.guest_gid);
+  // The largest number means "nobody in particular" to chown(2).
+  if (uid.ec != std::errc{} || uid.ptr == last || *uid.ptr != ':' || gid.ec != std::errc{} ||
+      gid.ptr != last || owners.guest_uid == UINT32_MAX || owners.guest_gid == UINT32_MAX)
     usage_error("{}{}: give UID:GID, for example 1000:1000", option, guest);
   return owners;
 }

@@ -209,6 +209,10 @@ TEST_F(FuseTest, WithoutRootOwnersAreMapped) {
   EXPECT_EQ(person.set(attr.nodeid, in).error, EPERM);
   EXPECT_THROW(owners_of_process("owner=", "me"), UsageError);
   EXPECT_THROW(owners_of_process("owner=", "1:2:3"), UsageError);
+  for (const char* wrong :
+       {"-1:0", "0:-1", "1", "1:", ":1", " 1:1", "4294967295:0", "0:4294967295", "4294967296:0"})
+    EXPECT_THROW(owners_of_process("owner=", wrong), UsageError) << wrong;
+  EXPECT_EQ(owners_of_process("owner=", "4294967294:0").guest_uid, 4294967294u);
 }
 
 TEST_F(FuseTest, NothingOutsideIsReached) {

@@ -7,10 +7,12 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cerrno>
 #include <charconv>
 #include <cstring>
 #include <optional>
+#include <set>
 
 #include "base/error.hpp"
 #include "device/table.hpp"
@@ -35,6 +37,21 @@ std::optional<Number> number(std::string_view text) {
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
   if (error != std::errc{} || end != text.data() + text.size() || text.empty()) return std::nullopt;
   return value;
+}
+
+// Takes a piece off `text` up to the next comma. Two commas are one of the piece's own, as for QEMU.
+std::string take_piece(std::string_view& text) {
+  std::string piece;
+  while (!text.empty()) {
+    const char c = text.front();
+    text.remove_prefix(1);
+    if (c == ',') {
+      if (!text.starts_with(',')) break;
+      text.remove_prefix(1);
+    }
+    piece += c;
+  }
+  return piece;
 }
 
 // Fails with a reason that a person understands when `path` is not a readable regular file.
@@ -176,12 +193,11 @@ DeviceConfig parse_device(std::string_view option, std::string_view text) {
   DeviceConfig device;
   bool first = true;
   while (!text.empty() || first) {
-    const auto comma = std::min(text.find(','), text.size());
-    const std::string_view part = text.substr(0, comma);
-    text.remove_prefix(std::min(comma + 1, text.size()));
+    const std::string part = take_piece(text);
     if (first) {
       first = false;
-      if (part.empty()) usage_error("{}: the device's name is missing; give name,key=value", option);
+      if (part.empty() || part.find(',') != std::string::npos)
+        usage_error("{}: the device's name is missing; give name,key=value", option);
       device.name = part;
       continue;
     }
@@ -198,9 +214,7 @@ DeviceConfig parse_device(std::string_view option, std::string_view text) {
 DeviceConfig parse_disk(std::string_view option, std::string_view text) {
   DeviceConfig disk{"virtio-blk", {}};
   for (bool first = true; first || !text.empty(); first = false) {
-    const auto comma = std::min(text.find(','), text.size());
-    const std::string_view part = text.substr(0, comma);
-    text.remove_prefix(std::min(comma + 1, text.size()));
+    const std::string part = take_piece(text);
     const auto equals = std::min(part.find('='), part.size());
     if (part.empty()) usage_error("{}: give FILE[,readonly][,snapshot][,format=raw]...", option);
     const std::string key(first ? "file" : part.substr(0, equals));
@@ -213,15 +227,13 @@ DeviceConfig parse_disk(std::string_view option, std::string_view text) {
 DeviceConfig parse_share(std::string_view option, std::string_view text) {
   DeviceConfig share{"virtio-fs", {}};
   for (bool first = true; first || !text.empty(); first = false) {
-    const auto comma = std::min(text.find(','), text.size());
-    const std::string_view part = text.substr(0, comma);
-    text.remove_prefix(std::min(comma + 1, text.size()));
+    const std::string part = take_piece(text);
     if (first) {
       const auto colon = part.rfind(':');
-      if (colon == 0 || colon == std::string_view::npos || colon + 1 == part.size())
+      if (colon == 0 || colon == std::string_view::npos || colon + 1 == part.size() ||
+          part.find(',', colon) != std::string::npos)
         usage_error("{}: '{}' is not PATH:TAG, for example /home/me/src:src", option, part);
-      share.options = {{"path", std::string(part.substr(0, colon))},
-                       {"tag", std::string(part.substr(colon + 1))}};
+      share.options = {{"path", part.substr(0, colon)}, {"tag", part.substr(colon + 1)}};
       continue;
     }
     const auto equals = std::min(part.find('='), part.size());
@@ -239,6 +251,36 @@ DeviceConfig parse_network(std::string_view option, std::string_view text) {
   if (kind != "user" && kind != "tap" && kind != "stream")
     usage_error("{}: unknown network '{}'; choose user, tap, stream or none", option, kind);
   return card;
+}
+
+void check_names(std::span<const DeviceConfig> devices) {
+  unsigned nameless = 0;
+  std::set<std::string> disks, tags, macs;
+  const auto text = [](const DeviceConfig& device, const char* option) {
+    const auto found = device.options.find(option);
+    return found == device.options.end() ? std::string() : found->second;
+  };
+  for (const auto& device : devices) {
+    if (device.name == "virtio-blk") {
+      const std::string id = text(device, "id");
+      if (id.empty())
+        nameless++;
+      else if (!disks.insert(id).second)
+        usage_error("--disk: id={} is given twice; every disk needs a name of its own", id);
+    } else if (device.name == "virtio-fs") {
+      const std::string tag = text(device, "tag");
+      if (!tag.empty() && !tags.insert(tag).second)
+        usage_error("--share: the tag '{}' is given twice; every share needs one of its own", tag);
+    } else if (device.name == "virtio-net") {
+      std::string mac = text(device, "mac");
+      std::ranges::transform(mac, mac.begin(), [](unsigned char c) { return std::tolower(c); });
+      if (!mac.empty() && mac != "auto" && !macs.insert(mac).second)
+        usage_error("--net: mac={} is given twice; every card needs an address of its own", mac);
+    }
+  }
+  for (unsigned i = 0; i < nameless; i++)
+    if (const auto name = fmt::format("disk{}", i); disks.contains(name))
+      usage_error("--disk: id={} is the name of a disk without one; choose another", name);
 }
 
 bool uses_terminal(const VmConfig& config) noexcept {
@@ -283,6 +325,7 @@ void validate(const VmConfig& config, const HostLimits& limits) {
   validate_serial(config);
   if (config.machine == MachineType::micro) validate_micro(config);
   for (const auto& device : config.devices) device::check_device(device.name, device.options);
+  check_names(config.devices);
   if (!config.kernel.empty() && readable_file("--kernel", config.kernel) == 0)
     usage_error("--kernel: '{}' is empty", config.kernel);
   validate_initrds(config);

@@ -69,6 +69,8 @@ size_t parse_code_cache(std::string_view option, std::string_view text);    // 1
 uint64_t parse_huge_pages(std::string_view option, std::string_view text);  // 2M or 1G
 machine::MemoryOptions::Transparent parse_transparent(std::string_view option, std::string_view text);
 SerialConfig parse_serial(std::string_view option, std::string_view text);
+
+// Lists of options. A comma in a value, as in a file's name, is written twice.
 DeviceConfig parse_device(std::string_view option, std::string_view text);
 
 // FILE[,OPTION[=VALUE]...] as options of virtio-blk; an option without a value is switched on.
@@ -79,6 +81,10 @@ DeviceConfig parse_share(std::string_view option, std::string_view text);
 
 // KIND[,OPTION=VALUE]... as options of virtio-net. Checked against that device's own table.
 DeviceConfig parse_network(std::string_view option, std::string_view text);
+
+// Throws UsageError when two devices have what may be there once: a disk's name (also "disk0", "disk1"... of
+// those without id=), a share's tag, a card's mac=.
+void check_names(std::span<const DeviceConfig> devices);
 
 // Whether a serial port or a console is on the user's terminal.
 bool uses_terminal(const VmConfig& config) noexcept;

@@ -34,6 +34,33 @@ TEST(ParseShare, TakesTheLastColonForTheTags) {
   }
 }
 
+TEST(ParseDisk, TakesTwoCommasForOneOfTheFile) {
+  using Options = std::map<std::string, std::string>;
+  EXPECT_EQ(parse_disk("--disk", "a,,b,,,readonly").options, (Options{{"file", "a,b,"}, {"readonly", "on"}}));
+  EXPECT_EQ(parse_disk("--disk", ",,,,,id=x,,y").options, (Options{{"file", ",,"}, {"id", "x,y"}}));
+  EXPECT_EQ(parse_share("--share", "/a,,b:tag,readonly").options,
+            (Options{{"path", "/a,b"}, {"tag", "tag"}, {"readonly", "on"}}));
+  EXPECT_EQ(parse_device("--device", "virtio-blk,file=a,,b,readonly=on").options,
+            (Options{{"file", "a,b"}, {"readonly", "on"}}));
+  EXPECT_THROW(parse_disk("--disk", ",readonly"), UsageError);
+}
+
+TEST(CheckNames, RefusesTwoOfAName) {
+  const DeviceConfig plain{"virtio-blk", {}}, named{"virtio-blk", {{"id", "x"}}},
+      first{"virtio-blk", {{"id", "disk0"}}}, second{"virtio-blk", {{"id", "disk1"}}},
+      share{"virtio-fs", {{"tag", "src"}}}, low{"virtio-net", {{"mac", "52:54:00:12:34:ab"}}},
+      high{"virtio-net", {{"mac", "52:54:00:12:34:AB"}}}, automatic{"virtio-net", {{"mac", "auto"}}};
+  const auto refuse = [](std::vector<DeviceConfig> devices, const std::string& part) {
+    EXPECT_THAT([&] { check_names(devices); }, ThrowsMessage<UsageError>(HasSubstr(part)));
+  };
+  refuse({named, plain, named}, "--disk: id=x is given twice");
+  refuse({first, plain}, "--disk: id=disk0 is the name of a disk without one");
+  refuse({plain, plain, second}, "--disk: id=disk1 is the name of a disk without one");
+  refuse({share, share}, "--share: the tag 'src' is given twice");
+  refuse({low, high}, "--net: mac=52:54:00:12:34:ab is given twice");
+  check_names(std::vector{plain, named, second, share, low, automatic, automatic});
+}
+
 TEST(ParseSize, RefusesWhatIsNoSize) {
   for (const char* text : {"", "M", "-1", "1.5G", "12X", "0x10", "1 G", "G1"}) {
     EXPECT_THAT([&] { parse_size("--memory", text); }, ThrowsMessage<UsageError>(HasSubstr("--memory: ")))

@@ -269,6 +269,9 @@ std::string VirtualMachine::plug(DeviceConfig device) {
   const auto* const row = device::check_device(device.name, device.options).first;
   if (std::ranges::none_of(row->options, [](const auto& option) { return option.name == "bus"; }))
     usage_error("{} cannot come to a running machine; VirtIO devices can", device.name);
+  auto devices = config_.devices;
+  devices.push_back(device);
+  check_names(devices);
   auto& bus = device.options["bus"];
   if (bus.empty()) {
     const auto slots = machine_->slots();

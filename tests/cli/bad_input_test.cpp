@@ -133,10 +133,39 @@ TEST_F(BadInput, Networks) {
            {"stream", "listen=ADDRESS"},
            {"stream,listen=x", "HOST:PORT"},
            {"stream,listen=" + dir_ / "none/socket", "listen="},
+           {"stream,listen=127.0.0.1:99999", "'99999' is not a port; give a number from 1 to 65535"},
+           {"stream,listen=127.0.0.1:0", "'0' is not a port"},
+           {"stream,listen=127.0.0.1:", "'' is not a port"},
+           {"stream,connect=127.0.0.1:99999", "'99999' is not a port"},
+           {"user,mac=00:00:00:00:00:00", "mac=00:00"},
+           {"user,burst=1M", "give rate= with burst="},
            {"stream,connect=1.2.3.4:5,listen=1.2.3.4:5", "one of"},
            {"stream,connect=127.0.0.1:1,reconnect=1", "reconnect"}})
     run_refused({"--net", text}, part);
   run_refused({"--forward", "1:2:3:4"}, "--forward");
+}
+TEST_F(BadInput, NetworksThatContradictEachOther) {
+  run_refused({"--net", "none", "--forward", "2222:22"}, "leave --net none out");
+  run_refused({"--net", "none", "--net", "user"}, "'none' and a network exclude each other");
+  const std::string card = "user,mac=52:54:00:12:34:56";
+  run_refused({"--net", card, "--net", card}, "mac=52:54:00:12:34:56 is given twice");
+}
+TEST_F(BadInput, DevicesOfOneName) {
+  const std::string a = file("a", std::string(4096, '\0')), b = file("b", std::string(4096, '\0'));
+  run_refused({"--disk", a + ",id=x", "--disk", b + ",id=x"}, "--disk: id=x is given twice");
+  run_refused({"--disk", a, "--disk", b + ",id=disk0"}, "id=disk0 is the name of a disk without one");
+  run_refused({"--share", dir_.path() + ":t", "--share", dir_.path() + ":t"}, "the tag 't' is given twice");
+  run_refused({"--share", dir_.path() + ":t,owner=-1:0"}, "give UID:GID");
+}
+TEST_F(BadInput, NumbersThatAreNone) {
+  for (const char* text : {"x", "-1", ""}) {
+    run_refused({"--numa-node", text}, "is not the number of a memory node; give 0, 1...");
+    run_refused({"--hotplug", text}, "is not a number of slots from 0 to 8");
+  }
+}
+TEST_F(BadInput, FilesWithACommaInTheirName) {
+  run_refused({"--disk", dir_ / "a,b"}, "--device virtio-blk: no option 'b'");
+  run_refused({"--disk", dir_ / "a,,b"}, "a,b: cannot be opened for writing: No such file");
 }
 TEST_F(BadInput, NoKernel) {
   refused({"run"}, "--kernel");

@@ -19,7 +19,8 @@ Mac parse_mac(const std::string& text, unsigned place) {
   int length = 0;
   const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
                                 &mac[2], &mac[3], &mac[4], &mac[5], &length);
-  if (count != 6 || static_cast<size_t>(length) != text.size() || text.size() != 17 || mac[0] & 1)
+  if (count != 6 || static_cast<size_t>(length) != text.size() || text.size() != 17 || mac[0] & 1 ||
+      mac == Mac{})
     usage_error("{},mac={}: give six bytes of a single card, for example 52:54:00:12:34:56", device, text);
   return mac;
 }
@@ -85,6 +86,8 @@ net::Config network_config(const DeviceOptions& options, uint16_t mtu) {
   config.capture = options.text("pcap");
   config.rate = options.amount("rate");
   config.burst = options.amount("burst");
+  if (config.burst && !config.rate)
+    usage_error("{}: a burst needs its limit; give rate= with burst=", device);
   return config;
 }
 
