@@ -202,6 +202,15 @@ int check(const ImageCommand& c) {
   return result.leaks > result.leaks_fixed ? leaks_status : 0;
 }
 
+// Why an image has refused another size.
+const char* what_fixes_size(const block::Image& image) {
+  const auto* qcow2 = dynamic_cast<const Qcow2Image*>(&image);
+  if (!qcow2) return "a format that does not know it";
+  if (qcow2->header().extension(block::qcow2::extension_bitmaps)) return "bitmaps";
+  if (qcow2->header().version < 3 && !qcow2->snapshots().empty()) return "snapshots, and is of version 2";
+  return "a backing file larger than itself";
+}
+
 int resize(const ImageCommand& c) {
   const auto image = open(c.file, c.format, false);
   const uint64_t old = image->size();
@@ -213,10 +222,8 @@ int resize(const ImageCommand& c) {
                 c.file, old);
   const int error = block::resize(*image, size);
   if (error == ENOTSUP)
-    usage_error(
-        "{}: cannot be resized: it has bitmaps, snapshots in version 2, or a backing file larger than "
-        "itself; copy it with 'lodge image convert' first",
-        c.file);
+    usage_error("{}: cannot be resized: it has {}; copy it with 'lodge image convert' first", c.file,
+                what_fixes_size(*image));
   require(error, c.file + ": cannot be resized");
   require(image->close(), c.file + ": cannot be closed");
   if (c.json) fmt::print("{}\n", image_info(c.file, c.format).dump(2));

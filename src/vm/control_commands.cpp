@@ -189,6 +189,11 @@ Json block_resize(VirtualMachine& machine, const Request& request) {
                       "shrinks one that "
                       "is not in use",
                       name));
+    case ENOTSUP:
+      throw CommandError(fmt::format(
+          "{} cannot be resized: its image has bitmaps, snapshots in version 2, or a backing file "
+          "larger than itself; lodge image info tells which",
+          name));
     default: throw CommandError(fmt::format("{} cannot be resized: {}", name, std::strerror(error)));
   }
 }

@@ -141,6 +141,21 @@ TEST_F(Control, ADiskGrows) {
   EXPECT_EQ(process.wait_exit(patience), 10);
 }
 
+TEST_F(Control, ADiskThatCannotGrowSaysWhy) {
+  const std::string disk = directory_ / "disk", other = directory_ / "other";
+  ASSERT_EQ(run({"image", "create", "--qcow2-version", "2", disk, "1M"}).status, 0);
+  ASSERT_EQ(run({"image", "snapshot", disk, "--create", "first"}).status, 0);
+  ASSERT_EQ(run({"image", "create", other, "1M"}).status, 0);
+  Process process(machine("h", {"--name", "db", "--hotplug", "1", "--disk", disk}));
+  ASSERT_TRUE(process.wait_output("halted\n", patience)) << process.err();
+  EXPECT_THAT(run({"ctl", "db", "disk-resize", "disk0", "2M"}).err,
+              HasSubstr("lodge image info tells which"));
+  // Nor does a second one come with its name.
+  EXPECT_THAT(run({"ctl", "db", "add-disk", other + ",id=disk0"}).err, HasSubstr("is the name of a disk"));
+  process.signal(SIGQUIT);
+  EXPECT_EQ(process.wait_exit(patience), 10);
+}
+
 TEST_F(Control, ANameBelongsToOneMachineAndOutlivesAKilledOne) {
   {
     Process first(machine("h", {"--name", "one"}));

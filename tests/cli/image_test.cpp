@@ -126,6 +126,21 @@ TEST_F(ImageCommand, ResizeGrowsAndShrinksOnlyWhenAllowed) {
   }
 }
 
+TEST_F(ImageCommand, ResizeNamesWhatIsInItsWay) {
+  succeed({"create", "--qcow2-version", "2", path("old"), "1M"});
+  succeed({"snapshot", path("old"), "--create", "first"});
+  refuse({"resize", path("old"), "2M"}, "cannot be resized: it has snapshots, and is of version 2; copy it");
+  succeed({"create", path("base"), "2M"});
+  succeed({"create", "--backing", "base", path("small"), "1M"});
+  refuse({"resize", path("small"), "3M"}, "it has a backing file larger than itself; copy it");
+  if (!std::filesystem::exists("/usr/bin/qemu-img")) GTEST_SKIP() << "qemu-img is not installed";
+  succeed({"create", path("disk"), "1M"});
+  const Result made =
+      testing_support::run({"/usr/bin/qemu-img", "bitmap", "--add", path("disk"), "b"}, Seconds(60));
+  ASSERT_EQ(made.status, 0) << made.err;
+  refuse({"resize", path("disk"), "2M"}, "it has bitmaps; copy it");
+}
+
 TEST_F(ImageCommand, SnapshotsComeBack) {
   write("raw", contents());
   succeed({"convert", path("raw"), path("disk")});
