@@ -35,11 +35,18 @@ class Copier {
     const unsigned count = std::clamp(std::thread::hardware_concurrency(), 2u, 8u);
     running_ = count;
     for (unsigned i = 0; i < count; i++) threads.emplace_back([this] { work(); });
+    std::exception_ptr stop;
     while (running_ > 0) {
-      if (progress) progress(done_, size_);
+      try {
+        if (progress && !stop) progress(done_, size_);
+      } catch (...) {
+        stop = std::current_exception();
+        fail(ECANCELED, "copying");
+      }
       std::this_thread::sleep_for(std::chrono::milliseconds(20));
     }
     for (auto& thread : threads) thread.join();
+    if (stop) std::rethrow_exception(stop);
     require(error_, error_text_);
     if (progress) progress(size_, size_);
   }

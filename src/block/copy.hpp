@@ -7,7 +7,8 @@
 
 namespace lodge::block {
 
-// Bytes done and bytes in all; called on the calling thread, a few times a second.
+// Bytes done and bytes in all; called on the calling thread, a few times a second. What it throws ends the
+// work.
 using Progress = std::function<void(uint64_t, uint64_t)>;
 
 // Copies all contents into an image of the same size that reads as zeros. Zeros take no space in the copy.

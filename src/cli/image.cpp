@@ -27,7 +27,10 @@ constexpr int damage_status = 1, leaks_status = 3;
 class ProgressLine {
  public:
   ProgressLine(const ImageCommand& command, const char* what)
-      : what_(what), terminal_(::isatty(STDERR_FILENO) == 1), shown_(terminal_ || command.progress) {}
+      : what_(what),
+        terminal_(::isatty(STDERR_FILENO) == 1),
+        shown_(terminal_ || command.progress),
+        check_(command.while_copying) {}
   ~ProgressLine() {
     if (drawn_ && terminal_) std::fputs("\r\033[K", stderr);
   }
@@ -35,8 +38,10 @@ class ProgressLine {
   ProgressLine& operator=(const ProgressLine&) = delete;
 
   block::Progress callback() {
-    if (!shown_) return nullptr;
+    if (!shown_ && !check_) return nullptr;
     return [this](uint64_t done, uint64_t all) {
+      if (check_) check_();
+      if (!shown_) return;
       const auto now = std::chrono::steady_clock::now();
       if (now - last_ < std::chrono::milliseconds(100) && done < all) return;
       last_ = now;
@@ -53,6 +58,7 @@ class ProgressLine {
  private:
   const char* what_;
   bool terminal_, shown_, drawn_ = false;
+  std::function<void()> check_;
   std::chrono::steady_clock::time_point last_{};
 };
 

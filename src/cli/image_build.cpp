@@ -5,15 +5,16 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "base/end_signals.hpp"
 #include "base/error.hpp"
 #include "base/fd.hpp"
 #include "cli/commands.hpp"
 #include "cli/image_report.hpp"
 #include "cli/seed_options.hpp"
+#include "distribution/scratch.hpp"
 
 namespace lodge::cli {
 namespace {
@@ -50,26 +51,13 @@ class Bar {
 };
 
 // A directory that only we enter, beside what is made: the disk is as large as the file system allows.
-class WorkDirectory {
- public:
-  explicit WorkDirectory(const std::string& output) {
-    std::string pattern = (fs::path(output).parent_path() / ".lodge-build-XXXXXX").string();
-    if (!::mkdtemp(pattern.data()))
-      usage_error("--output {}: no file can be made there: {}", output,
-                  std::generic_category().message(errno));
-    path_ = pattern;
+distribution::ScratchDirectory work_directory(const std::string& output) {
+  try {
+    return {fs::path(output).parent_path() / ".lodge-build-XXXXXX", 0700};
+  } catch (const std::system_error& error) {
+    usage_error("--output {}: no file can be made there: {}", output, error.code().message());
   }
-  ~WorkDirectory() {
-    std::error_code error;
-    fs::remove_all(path_, error);
-  }
-  WorkDirectory(const WorkDirectory&) = delete;
-  WorkDirectory& operator=(const WorkDirectory&) = delete;
-  std::string operator/(const char* name) const { return path_ / name; }
-
- private:
-  fs::path path_;
-};
+}
 
 }  // namespace
 
@@ -80,14 +68,15 @@ int build_image(const ImageCommand& command) {
   distribution::check(disk);
   if (fs::exists(command.file))
     usage_error("--output {}: is there already; remove it or choose another name", command.file);
-  const WorkDirectory work(command.file);
+  EndSignals signals;
+  const auto work = work_directory(command.file);
   const std::string raw = work / "disk.raw";
   {
     const Fd fd(::open(raw.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600));
     if (!fd || ::fchmod(fd.get(), 0666) != 0) throw_errno(raw);
     Bar bar(command.verbose);
     distribution::build(
-        disk, fd.get(), [&](std::string_view what, unsigned percent) { bar.show(what, percent); },
+        disk, fd.get(), signals, [&](std::string_view what, unsigned percent) { bar.show(what, percent); },
         [&](std::string_view line) {
           if (command.verbose) fmt::print(stderr, "{}\n", line);
         });
@@ -102,6 +91,7 @@ int build_image(const ImageCommand& command) {
     convert.file = raw;
     convert.target = command.file;
     convert.source_format = "raw";
+    convert.while_copying = [&] { signals.check(); };
     return image(convert);
   }
   if (command.json) fmt::print("{}\n", image_info(command.file, command.format).dump(2));

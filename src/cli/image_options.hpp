@@ -3,6 +3,7 @@
 
 #include <CLI/App.hpp>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,6 +26,7 @@ struct ImageCommand {
   std::string backing_format, data_file, preallocation = "off";
   unsigned version = 3, cluster_bits = 16, refcount_order = 4;
   bool lazy_refcounts = false, subclusters = false, raw_data = false, zstd = false, compress = false;
+  std::function<void()> while_copying;  // called a few times a second; what it throws ends the copying
   // check
   std::string repair;
   // resize: `size` absolute, or how much more or less

@@ -35,6 +35,9 @@ int main(int argc, char** argv) {
   } catch (const UsageError& error) {
     fmt::print(stderr, "lodge: {}\n", error.what());
     return vm::usage_status;
+  } catch (const Interrupted& end) {
+    fmt::print(stderr, "lodge: {}\n", end.what());
+    return 128 + end.signal();
   } catch (const std::exception& error) {
     fmt::print(stderr, "lodge: {}\n", error.what());
     return vm::host_failure_status;

@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <charconv>
 #include <deque>
+#include <filesystem>
 
 #include "base/error.hpp"
+#include "distribution/scratch.hpp"
 #include "distribution/scripts.hpp"
 #include "distribution/tool.hpp"
 #include "guestfs/partitions.hpp"
@@ -101,7 +103,7 @@ void check(const DebianDisk& disk) {
     usage_error("--mirror: '{}' is not an address like http://deb.debian.org/debian", disk.mirror);
 }
 
-void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
+void build(const DebianDisk& disk, int fd, EndSignals& signals, const BuildProgress& progress,
            const std::function<void(std::string_view)>& log) {
   check(disk);
   find_tool("mke2fs", "e2fsprogs");
@@ -109,7 +111,10 @@ void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
   if (::geteuid() != 0) find_tool("newuidmap", "uidmap");
   if (::ftruncate(fd, static_cast<off_t>(disk.size)) != 0) throw_errno("the disk cannot be made so large");
   const auto table = guestfs::make_gpt(disk.size, guestfs::random_guid(), guestfs::random_guid());
-  run.environment = {{"LODGE_PARTUUID", table.partition.uuid},
+  // What mmdebstrap does not clear away itself is found here. Its users, others than ours, must pass.
+  const ScratchDirectory scratch(std::filesystem::temp_directory_path() / "lodge-build-XXXXXX", 0711);
+  run.environment = {{"TMPDIR", scratch.path()},
+                     {"LODGE_PARTUUID", table.partition.uuid},
                      {"LODGE_HOSTNAME", disk.hostname},
                      {"LODGE_PASSWORD", disk.password},
                      {"LODGE_SSH_KEY", disk.ssh_key},
@@ -119,7 +124,7 @@ void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
   std::deque<std::string> lines;
   detail::Progress phases(progress);
   bool done = false;
-  const int status = run_tool(run, [&](std::string_view line) {
+  const int status = run_tool(run, signals, [&](std::string_view line) {
     log(line);
     phases.line(line);
     done |= line == "lodge: done";

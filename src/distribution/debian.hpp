@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/end_signals.hpp"
+
 namespace lodge::distribution {
 
 struct DebianDisk {
@@ -29,8 +31,8 @@ using BuildProgress = std::function<void(std::string_view what, unsigned percent
 
 // Fills the empty file `fd`, which must be writable for everyone (as the root of a user namespace is another
 // user) and should be in a directory that only its owner enters. Each line that the tools print goes to
-// `log`. Throws UsageError when a tool is missing or fails.
-void build(const DebianDisk& disk, int fd, const BuildProgress& progress,
+// `log`. Throws UsageError when a tool is missing or fails, Interrupted when one of `signals` comes.
+void build(const DebianDisk& disk, int fd, EndSignals& signals, const BuildProgress& progress,
            const std::function<void(std::string_view)>& log);
 
 namespace detail {

@@ -2,11 +2,8 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include "base/error.hpp"
-#include "base/fd.hpp"
-#include "distribution/tool.hpp"
 
 namespace lodge::distribution {
 namespace {
@@ -72,33 +69,6 @@ TEST(DebianFailure, IsToldWithWhatToDoAboutIt) {
   EXPECT_THAT(detail::explain(
                   {"E: unable to pick chroot mode automatically (use --mode for manual selection)"}, "ann"),
               HasSubstr("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 ann`"));
-}
-
-TEST(Tool, AMissingOneIsNamedWithItsPackage) {
-  try {
-    find_tool("lodge-has-no-such-tool", "some-package");
-    FAIL();
-  } catch (const UsageError& error) {
-    EXPECT_STREQ(error.what(), "lodge-has-no-such-tool is missing; install the Debian package some-package");
-  }
-}
-
-TEST(Tool, LinesEnvironmentDescriptorAndStatusArrive) {
-  int ends[2];
-  ASSERT_EQ(::pipe(ends), 0);
-  const Fd from(ends[0]), to(ends[1]);
-  std::vector<std::string> lines;
-  const int status =
-      run_tool({.arguments = {find_tool("sh", "dash"), "-c",
-                              "echo one; echo \"$LODGE_X\" >&2; printf five >&9; echo three; exit 7"},
-                .environment = {{"LODGE_X", "two"}},
-                .inherited = to.get()},
-               [&](std::string_view line) { lines.emplace_back(line); });
-  EXPECT_EQ(status, 7);
-  EXPECT_THAT(lines, ElementsAre("one", "two", "three"));
-  char buffer[8] = {};
-  EXPECT_EQ(::read(from.get(), buffer, sizeof buffer), 4);
-  EXPECT_STREQ(buffer, "five");
 }
 
 }  // namespace
