@@ -73,6 +73,18 @@ class WaitingFrames final : public Source {
   std::atomic<uint64_t> dropped_ = 0;
 };
 
+// As parse_forward() takes it.
+std::string text_of(const Forward& forward) {
+  const std::string host = forward.host == Forward().host ? "" : forward.host + ":";
+  return fmt::format("{}{}{}:{}", forward.udp ? "udp:" : "", host, forward.host_port, forward.guest_port);
+}
+
+const char* remedy(int error) {
+  if (error == EADDRNOTAVAIL) return "give an address of this host, or 0.0.0.0 for all";
+  if (error == EACCES) return "choose a port from 1024 on";
+  return "choose another port";
+}
+
 struct SlirpTimer {
   SlirpTimerCb callback;
   void* opaque;
@@ -114,8 +126,8 @@ class UserNetwork final : public Backend {
       if (::slirp_add_hostfwd(slirp_.get(), forward.udp, host, forward.host_port, guest, forward.guest_port) <
           0) {
         const int error = errno;
-        usage_error("--forward {}:{}: cannot listen on {}: {}; choose another port", forward.host_port,
-                    forward.guest_port, forward.host, std::strerror(error));
+        usage_error("--forward {}: cannot listen on {}: {}; {}", text_of(forward), forward.host,
+                    std::strerror(error), remedy(error));
       }
     }
     thread_ = std::thread([this] { loop(); });

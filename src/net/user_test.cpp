@@ -147,5 +147,23 @@ TEST(Forwards, APortThatIsTakenIsRefused) {
   EXPECT_THROW(open_user_network({Forward{false, "127.0.0.1", 28762, 22}}), UsageError);
 }
 
+TEST(Forwards, OneThatCannotBeIsNamedWithItsRemedy) {
+  const auto refusal = [](const char* text) -> std::string {
+    try {
+      open_user_network({parse_forward("--forward", text)});
+      return "";
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+  };
+  EXPECT_EQ(
+      refusal("192.0.2.1:28763:22"),
+      "--forward 192.0.2.1:28763:22: cannot listen on 192.0.2.1: Cannot assign requested address; give an "
+      "address of this host, or 0.0.0.0 for all");
+  const auto network = open_user_network({parse_forward("--forward", "28764:22")});
+  EXPECT_EQ(refusal("28764:22"),
+            "--forward 28764:22: cannot listen on 127.0.0.1: Address already in use; choose another port");
+}
+
 }  // namespace
 }  // namespace lodge::net
