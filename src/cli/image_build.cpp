@@ -63,7 +63,7 @@ distribution::ScratchDirectory work_directory(const std::string& output) {
 
 int build_image(const ImageCommand& command) {
   distribution::DebianDisk disk = command.disk;
-  if (!disk.ssh_key.empty()) disk.ssh_key = read_key(disk.ssh_key);
+  if (!command.ssh_key.empty()) disk.ssh_keys = read_keys(command.ssh_key);
   disk.size = command.size;
   distribution::check(disk);
   if (fs::exists(command.file))

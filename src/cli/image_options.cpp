@@ -155,7 +155,7 @@ void describe_build(CLI::App& group, RawImageOptions& raw) {
       ->type_name("NAME")
       ->allow_extra_args(false);
   value("--hostname", raw.hostname, "the machine's name", "NAME")->capture_default_str();
-  value("--ssh-key", raw.ssh_key, "who may log in as root by SSH: a public key, or a file with one", "KEY");
+  value("--ssh-key", raw.ssh_key, "who may log in as root by SSH: a public key, or a file with keys", "KEY");
   value("--password", raw.password,
         "of root on the console (without: logged in there unasked, and nowhere else)", "TEXT");
   value("--mirror", raw.mirror, "of Debian's archive (default: deb.debian.org)", "URL");
@@ -253,8 +253,9 @@ void understand_build(const detail::RawImageOptions& raw, ImageCommand& c) {
             .mirror = raw.mirror,
             .hostname = raw.hostname,
             .password = raw.password,
-            .ssh_key = raw.ssh_key,
+            .ssh_keys = {},
             .packages = raw.packages};
+  c.ssh_key = raw.ssh_key;
   c.verbose = raw.verbose;
 }
 

@@ -38,7 +38,8 @@ struct ImageCommand {
   // rebase
   bool no_backing = false, unsafe = false, chain = false;
   // build: `file`, `size`, `format` and
-  distribution::DebianDisk disk;  // ssh_key: or a file with it
+  distribution::DebianDisk disk;  // without ssh_keys
+  std::string ssh_key;            // or a file with some
   bool verbose = false;
 };
 

@@ -20,8 +20,8 @@ void describe_seed(CLI::App& run, RawSeedOptions& raw);
 // UsageError.
 void add_seed(const RawSeedOptions& raw, vm::VmConfig& config);
 
-// --ssh-key, in all commands: a public key, or the path of a file with one. Returns the key, one line. Throws
-// UsageError.
-std::string read_key(const std::string& text);
+// --ssh-key, in all commands: a public key as OpenSSH writes it, or the path of a file with such, each a
+// line. Throws UsageError.
+std::vector<std::string> read_keys(const std::string& text);
 
 }  // namespace lodge::cli

@@ -44,7 +44,7 @@ bool made_of(std::string_view text, std::string_view more) {
 
 std::vector<std::string> command_line(const DebianDisk& disk) {
   std::vector<std::string> packages(std::begin(base_packages), std::end(base_packages));
-  if (!disk.ssh_key.empty()) packages.emplace_back("openssh-server");
+  if (!disk.ssh_keys.empty()) packages.emplace_back("openssh-server");
   packages.insert(packages.end(), disk.packages.begin(), disk.packages.end());
   std::vector<std::string> command{find_tool("mmdebstrap", "mmdebstrap"), "--verbose", "--format=null",
                                    "--variant=minbase", "--architectures=amd64",
@@ -97,8 +97,9 @@ void check(const DebianDisk& disk) {
       usage_error("--package: '{}' is not the name of a package", package);
   if (disk.password.find_first_of(":\n") != std::string::npos)
     usage_error("--password: it may not contain ':' or an end of line");
-  if (disk.ssh_key.find('\n') != std::string::npos)
-    usage_error("--ssh-key: give one public key, a file like ~/.ssh/id_ed25519.pub or its text");
+  for (const auto& key : disk.ssh_keys)
+    if (key.find('\n') != std::string::npos)
+      usage_error("--ssh-key: give one public key, a file like ~/.ssh/id_ed25519.pub or its text");
   if (!disk.mirror.empty() && disk.mirror.find("://") == std::string::npos)
     usage_error("--mirror: '{}' is not an address like http://deb.debian.org/debian", disk.mirror);
 }
@@ -117,7 +118,7 @@ void build(const DebianDisk& disk, int fd, EndSignals& signals, const BuildProgr
                      {"LODGE_PARTUUID", table.partition.uuid},
                      {"LODGE_HOSTNAME", disk.hostname},
                      {"LODGE_PASSWORD", disk.password},
-                     {"LODGE_SSH_KEY", disk.ssh_key},
+                     {"LODGE_SSH_KEYS", fmt::format("{}", fmt::join(disk.ssh_keys, "\n"))},
                      {"LODGE_OFFSET", std::to_string(table.partition.begin)},
                      {"LODGE_KIB", std::to_string(table.partition.size >> 10)}};
 

@@ -18,7 +18,7 @@ struct DebianDisk {
   std::string suite = "bookworm", mirror;  // no mirror: deb.debian.org
   std::string hostname = "debian";
   std::string password;               // of root; empty: logged in on the console without one
-  std::string ssh_key;                // one line as in authorized_keys; empty: no SSH server
+  std::vector<std::string> ssh_keys;  // each a line as in authorized_keys; none: no SSH server
   std::vector<std::string> packages;  // beyond those that the system needs
   uint64_t size = 0;                  // of the disk, bytes
 };

@@ -36,9 +36,9 @@ ExecStart=
 ExecStart=-/sbin/agetty -o '-p -f -- \\u' --keep-baud --autologin root 115200,57600,38400,9600 - $TERM
 END
 fi
-if [ -n "$LODGE_SSH_KEY" ]; then
+if [ -n "$LODGE_SSH_KEYS" ]; then
   mkdir -p -m 700 "$root/root/.ssh"
-  echo "$LODGE_SSH_KEY" >"$root/root/.ssh/authorized_keys"
+  printf '%s\n' "$LODGE_SSH_KEYS" >"$root/root/.ssh/authorized_keys"
   chmod 600 "$root/root/.ssh/authorized_keys"
 fi
 if [ -d "$root/etc/cloud/cloud.cfg.d" ]; then

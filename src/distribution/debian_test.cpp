@@ -40,7 +40,7 @@ TEST(DebianDisk, WhatCannotBeMeantIsRefusedByItsOption) {
   EXPECT_THAT(with([](auto& d) { d.packages = {"fio", "--simulate"}; }), HasSubstr("--package"));
   EXPECT_THAT(with([](auto& d) { d.packages = {"a,b"}; }), HasSubstr("--package"));
   EXPECT_THAT(with([](auto& d) { d.password = "a:b"; }), HasSubstr("--password"));
-  EXPECT_THAT(with([](auto& d) { d.ssh_key = "one\ntwo"; }), HasSubstr("--ssh-key"));
+  EXPECT_THAT(with([](auto& d) { d.ssh_keys = {"one\ntwo"}; }), HasSubstr("--ssh-key"));
   EXPECT_THAT(with([](auto& d) { d.mirror = "somewhere"; }), HasSubstr("--mirror"));
 }
 

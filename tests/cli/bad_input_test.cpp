@@ -76,6 +76,7 @@ TEST_F(BadInput, SettingsForCloudInit) {
   run_refused({"--user-data", "/dev/zero"}, "--user-data: ");
   run_refused({"--user-data", file("data", "#!/bin/sh\n"), "--run", "true"}, "--run: ");
   run_refused({"--ssh-key", file("key", "-----BEGIN OPENSSH PRIVATE KEY-----\n")}, "is a private key");
+  run_refused({"--ssh-key", file("key", "hello\n")}, "is neither a public key nor a file with one");
 }
 TEST_F(BadInput, SettingsForASystemWithoutCloudInit) {
   const std::string tree = dir_ / "tree", disk = dir_ / "disk";
