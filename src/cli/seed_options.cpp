@@ -96,7 +96,15 @@ void describe_seed(CLI::App& run, RawSeedOptions& raw) {
       ->type_name("KEY")
       ->allow_extra_args(false)
       ->group(group);
-  run.add_option("--hostname", raw.hostname, "the guest's name")->type_name("NAME")->group(group);
+  run.add_option_function<std::string>(
+         "--hostname",
+         [&raw](const std::string& name) {
+           if (name.empty()) usage_error("--hostname: the name is empty");
+           raw.hostname = name;
+         },
+         "the guest's name")
+      ->type_name("NAME")
+      ->group(group);
   run.add_option("--run", raw.commands, "a shell command that root runs once; repeatable")
       ->type_name("COMMAND")
       ->allow_extra_args(false)

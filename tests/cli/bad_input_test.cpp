@@ -72,6 +72,7 @@ TEST_F(BadInput, WhatTheMicroMachineLacks) {
 }
 TEST_F(BadInput, SettingsForCloudInit) {
   run_refused({"--hostname", "My Host"}, "--hostname: ");
+  run_refused({"--hostname", ""}, "--hostname: the name is empty");
   run_refused({"--user-data", dir_ / "none"}, "--user-data: ");
   run_refused({"--user-data", "/dev/zero"}, "--user-data: ");
   run_refused({"--user-data", file("data", "#!/bin/sh\n"), "--run", "true"}, "--run: ");
