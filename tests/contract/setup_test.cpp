@@ -99,6 +99,29 @@ CONTRACT_TEST(Setup, BeforeCpuidIsGivenCr4TakesAllThatTheProcessorHas) {
   EXPECT_EQ(vcpu->sregs().cr4, kept.cr4) << "and nothing has changed";
 }
 
+CONTRACT_TEST(Setup, TheLapicsBaseHasReservedBitsWhoeverHasTheLapic) {
+  for (const Irqchip irqchip : {Irqchip::none, Irqchip::full}) {
+    auto guest = test.guest({.irqchip = irqchip});
+    auto& vcpu = guest->vcpu();
+    const auto kept = vcpu.sregs();
+    // All, one of the low, one beyond every processor's addresses; x2APIC mode of a LAPIC that is off.
+    const uint64_t was = kept.apic_base;
+    for (const uint64_t base : std::initializer_list<uint64_t>{~uint64_t{0}, was | 1, was | uint64_t{1} << 52,
+                                                               (was & ~uint64_t{0x800}) | 0x400}) {
+      auto sregs = kept;
+      sregs.apic_base = base;
+      EXPECT_EQ(refusal([&] { vcpu.set_sregs(sregs); }), EINVAL) << std::hex << base;
+      const kvm_msr_entry entry{.index = 0x1b, .reserved = 0, .data = base};
+      EXPECT_EQ(vcpu.set_msrs({&entry, 1}), 0u) << std::hex << base;
+      EXPECT_EQ(vcpu.sregs().apic_base, kept.apic_base);
+    }
+    auto sregs = kept;
+    sregs.apic_base &= ~uint64_t{0x800};
+    EXPECT_EQ(refusal([&] { vcpu.set_sregs(sregs); }), 0) << "off";
+    EXPECT_EQ(vcpu.sregs().apic_base, sregs.apic_base);
+  }
+}
+
 CONTRACT_TEST(Setup, HwcrKeepsTwoBitsAndTakesThreeMore) {
   constexpr uint32_t hwcr = 0xc001'0015;
   auto guest = test.guest();

@@ -14,6 +14,13 @@ constexpr uint32_t msr_apic_base = 0x1b, msr_tsc_deadline = 0x6e0;
 
 __extension__ typedef unsigned __int128 u128;
 
+// Before the VMM has given CPUID nothing is reserved that it may still offer, as in a LAPIC.
+uint64_t reserved_apic_base(const Features& features) noexcept {
+  constexpr uint32_t x2apic = 1u << 21;
+  if (features.entries().empty()) return Lapic::reserved_base(true, 52);
+  return Lapic::reserved_base((features.leaf1_ecx & x2apic) != 0, features.physical_bits);
+}
+
 }  // namespace
 
 bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
@@ -32,8 +39,11 @@ bool SoftVcpu::read_apic_msr(uint32_t index, uint64_t& value) noexcept {
 
 bool SoftVcpu::write_apic_msr(uint32_t index, uint64_t value, bool host_initiated) noexcept {
   if (lapic_ == nullptr) {
-    if (index == msr_apic_base) apic_base_ = value;
-    return index == msr_apic_base || index == msr_tsc_deadline;
+    if (index != msr_apic_base) return index == msr_tsc_deadline;
+    if (!Lapic::valid_base(apic_base_, value, reserved_apic_base(cpu_.features), host_initiated))
+      return false;
+    apic_base_ = value;
+    return true;
   }
   if (index != msr_tsc_deadline) settle_pv_eoi();
   bool done = true;

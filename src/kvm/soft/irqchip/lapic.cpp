@@ -90,8 +90,7 @@ Lapic::~Lapic() {
 void Lapic::set_cpuid(bool x2apic_offered, unsigned physical_bits) noexcept {
   const std::lock_guard lock(mutex_);
   x2apic_offered_ = x2apic_offered;
-  const unsigned bits = std::clamp(physical_bits, 32u, 52u);
-  base_reserved_ = ~((uint64_t{1} << bits) - 1) | 0x2ff | (x2apic_offered ? 0 : base_x2apic);
+  base_reserved_ = reserved_base(x2apic_offered, physical_bits);
 }
 
 // --- State that other threads look at ---

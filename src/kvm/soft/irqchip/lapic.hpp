@@ -88,6 +88,10 @@ class Lapic {
   // (KVM_SET_SREGS, KVM_SET_MSRS) may make any transition.
   uint64_t apic_base() const noexcept { return base_.load(std::memory_order_relaxed); }
   bool set_apic_base(uint64_t value, bool host = false) noexcept;
+  // The same check of a value that is to follow `old`, also for a vCPU without LAPIC; `reserved`:
+  // reserved_base().
+  static bool valid_base(uint64_t old, uint64_t value, uint64_t reserved, bool host) noexcept;
+  static uint64_t reserved_base(bool x2apic, unsigned physical_bits) noexcept;
   // Whether the guest's CPUID shows x2APIC (default) and how many address bits it has (default 52).
   void set_cpuid(bool x2apic, unsigned physical_bits) noexcept;
 

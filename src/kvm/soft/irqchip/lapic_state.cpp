@@ -10,16 +10,29 @@ namespace lodge::kvm::soft {
 
 using namespace apic;
 
+namespace {
+
+constexpr uint64_t modes = Lapic::base_enable | Lapic::base_x2apic;
+
+}  // namespace
+
+uint64_t Lapic::reserved_base(bool x2apic, unsigned physical_bits) noexcept {
+  const unsigned bits = std::clamp(physical_bits, 32u, 52u);
+  return ~((uint64_t{1} << bits) - 1) | 0x2ff | (x2apic ? 0 : base_x2apic);
+}
+
+bool Lapic::valid_base(uint64_t old, uint64_t value, uint64_t reserved, bool host) noexcept {
+  if ((value & reserved) != 0 || (value & modes) == base_x2apic) return false;
+  if (host) return true;
+  // Figure 11-27: x2APIC is entered from xAPIC only and left through "disabled" only.
+  if ((old & modes) == modes && (value & modes) == base_enable) return false;
+  return (old & modes) != 0 || (value & modes) != modes;
+}
+
 bool Lapic::set_apic_base(uint64_t value, bool host) noexcept {
   const std::lock_guard lock(mutex_);
   const uint64_t old = base_.load(std::memory_order_relaxed);
-  constexpr uint64_t modes = base_enable | base_x2apic;
-  if ((value & base_reserved_) != 0 || (value & modes) == base_x2apic) return false;
-  if (!host) {
-    // Figure 11-27: x2APIC is entered from xAPIC only and left through "disabled" only.
-    if ((old & modes) == modes && (value & modes) == base_enable) return false;
-    if ((old & modes) == 0 && (value & modes) == modes) return false;
-  }
+  if (!valid_base(old, value, base_reserved_, host)) return false;
   base_.store(value, std::memory_order_relaxed);
   if (!host && (old & base_enable) != 0 && (value & base_enable) == 0) reset_registers();
   if ((value & modes) == modes && (old & modes) != modes && !host) regs_[reg_icr_high] = 0;
