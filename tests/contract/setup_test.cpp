@@ -43,6 +43,39 @@ CONTRACT_TEST(Setup, TheBootProcessorIsOneThatCanBe) {
   EXPECT_EQ(refusal([&] { vm->set_boot_cpu_id(highest - 1); }), 0);
 }
 
+CONTRACT_TEST(Setup, ThePagesOfRealModeLieBelowFourGigabytes) {
+  test.needs_capability(KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR");
+  auto vm = test.system().create_vm();
+  constexpr uint64_t last = 0xffff'd000;
+  EXPECT_EQ(refusal([&] { vm->set_tss_addr(~uint64_t{0}); }), EINVAL);
+  EXPECT_EQ(refusal([&] { vm->set_tss_addr(last + 1); }), EINVAL);
+  EXPECT_EQ(refusal([&] { vm->set_tss_addr(last); }), 0);
+}
+
+CONTRACT_TEST(Setup, TheIdentityMapIsPlacedBeforeTheFirstVcpu) {
+  test.needs_capability(KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR");
+  auto vm = test.system().create_vm();
+  const auto place = [&] { return refusal([&] { vm->set_identity_map_addr(0xfffb'c000); }); };
+  EXPECT_EQ(place(), 0);
+  auto vcpu = vm->create_vcpu(0);
+  EXPECT_EQ(place(), EINVAL);
+}
+
+CONTRACT_TEST(Setup, TheIrqchipComesBeforeTheFirstVcpu) {
+  auto vm = test.system().create_vm();
+  const auto split = [&] { return refusal([&] { vm->enable_cap(capability(KVM_CAP_SPLIT_IRQCHIP, 24)); }); };
+  {
+    auto vcpu = vm->create_vcpu(0);
+    EXPECT_EQ(refusal([&] { vm->create_irqchip(); }), EINVAL);
+    EXPECT_EQ(split(), EEXIST);
+  }
+  vm = test.system().create_vm();
+  vm->create_irqchip();
+  auto vcpu = vm->create_vcpu(0);
+  EXPECT_EQ(refusal([&] { vm->create_irqchip(); }), EEXIST);
+  EXPECT_EQ(split(), EEXIST);
+}
+
 // --- CPUID
 
 const kvm_cpuid_entry2* leaf(const std::vector<kvm_cpuid_entry2>& entries, uint32_t function,

@@ -49,6 +49,17 @@ CONTRACT_TEST(Slots, MemoryThatNoProcessCanHaveIsRefused) {
   EXPECT_EQ(refused(0x10000, uint64_t{1} << 43), EINVAL) << "2^31 pages";
 }
 
+CONTRACT_TEST(Slots, AddressesThatNoGuestCanHaveAreRefused) {
+  auto guest = test.guest();
+  const auto memory = Mapping::anonymous(0x2000);
+  constexpr uint64_t end = uint64_t{1} << 52;
+  EXPECT_EQ(refusal([&] { set_slot(*guest, 1, end, memory); }), EINVAL);
+  EXPECT_EQ(refusal([&] { set_slot(*guest, 1, end - 0x1000, memory); }), EINVAL) << "its second page";
+  if (test.soft()) {  // a host's second-level paging may have fewer bits
+    EXPECT_EQ(refusal([&] { set_slot(*guest, 1, end - 0x2000, memory); }), 0);
+  }
+}
+
 CONTRACT_TEST(Slots, ASlotCannotChangeItsSize) {
   auto guest = test.guest();
   const auto memory = Mapping::anonymous(0x2000);

@@ -136,6 +136,25 @@ CONTRACT_TEST(Time, VcpusOfOneFrequencyHaveOneTsc) {
   if (!one_tsc(*guest)) test.deviates("TSCs of one frequency that are written one after the other differ");
 }
 
+CONTRACT_TEST(Time, AFrequencyThatNoTscCanHaveIsRefused) {
+  auto guest = test.guest();
+  auto& vcpu = guest->vcpu();
+  const uint32_t before = vcpu.tsc_khz();
+  const bool control = test.system().check_extension(KVM_CAP_TSC_CONTROL) > 0;
+  if (!test.soft() && control) throw Unable("how far this processor scales its TSC is its own affair");
+  EXPECT_EQ(refusal([&] { vcpu.set_tsc_khz(1); }), EINVAL);
+  if (!control) return;
+  for (const uint32_t khz : {1u, 999u, uint32_t{INT32_MAX}, UINT32_MAX}) {
+    EXPECT_EQ(refusal([&] { vcpu.set_tsc_khz(khz); }), EINVAL) << khz;
+    EXPECT_EQ(refusal([&] { guest->vm().set_default_tsc_khz(khz); }), EINVAL) << khz;
+  }
+  EXPECT_EQ(vcpu.tsc_khz(), before);
+  for (const uint32_t khz : {1'000u, uint32_t{INT32_MAX} - 1, before}) {
+    vcpu.set_tsc_khz(khz);
+    EXPECT_EQ(vcpu.tsc_khz(), khz);
+  }
+}
+
 GUEST_CODE(disabled_tsc, 64, "rdtsc; out %al, $0xe0");
 CONTRACT_TEST(Time, Cr4TsdForbidsTheTscToUserCode) {
   auto guest = test.guest();

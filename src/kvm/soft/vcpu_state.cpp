@@ -248,7 +248,7 @@ void SoftVcpu::set_mp_state(const kvm_mp_state& state) {
 }
 
 void SoftVcpu::set_tsc_khz(uint32_t khz) {
-  if (khz == 0) khz = vm_.tsc_khz();
+  khz = vm_.valid_tsc_khz(khz);
   if (khz == tsc_khz_) return;
   const uint64_t now = guest_tsc();
   tsc_khz_ = khz;

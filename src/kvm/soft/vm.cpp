@@ -18,6 +18,11 @@ namespace {
 constexpr uint32_t max_slots = 32764;
 constexpr uint64_t max_slot_size = ((uint64_t{1} << 31) - 1) * page_size;  // KVM_MEM_MAX_NR_PAGES
 constexpr uint64_t end_of_user_memory = uint64_t{1} << 63;
+constexpr uint64_t end_of_guest_memory = uint64_t{1} << 52;  // of the widest addresses that there are
+constexpr uint64_t last_tss = (uint64_t{1} << 32) - 3 * page_size;
+// A tick of a microsecond: a slower TSC would make the guest's clock and its LAPIC's deadlines coarser than
+// that. The end is KVM's own (kvm_caps.max_guest_tsc_khz): KVM_GET_TSC_KHZ answers with an int.
+constexpr uint32_t least_tsc_khz = 1'000, end_of_tsc_khz = INT32_MAX;
 constexpr uint64_t msr_exit_reasons =
     KVM_MSR_EXIT_REASON_INVAL | KVM_MSR_EXIT_REASON_UNKNOWN | KVM_MSR_EXIT_REASON_FILTER;
 
@@ -48,7 +53,7 @@ int SoftVm::check_extension(uint32_t capability) const noexcept {
 
 void SoftVm::enable_cap(const kvm_enable_cap& cap) {
   switch (cap.cap) {
-    case KVM_CAP_SPLIT_IRQCHIP: irqchip_.create_split(cap.args[0]); break;
+    case KVM_CAP_SPLIT_IRQCHIP: create_split_irqchip(cap.args[0]); break;
     case KVM_CAP_X2APIC_API: irqchip_.set_x2apic_api(cap.args[0]); break;
     case KVM_CAP_MAX_VCPU_ID: limit_vcpu_ids(cap.args[0]); break;
     case KVM_CAP_X86_DISABLE_EXITS:
@@ -93,6 +98,8 @@ void SoftVm::set_user_memory_region(const kvm_userspace_memory_region& region) {
     throw_errno(EINVAL, fmt::format("memory slot {}: not page aligned, or wraps", region.slot));
   if (region.memory_size > max_slot_size || region.userspace_addr > end_of_user_memory - region.memory_size)
     throw_errno(EINVAL, fmt::format("memory slot {}: more memory than a process can have", region.slot));
+  if (region.memory_size != 0 && region.guest_phys_addr + region.memory_size > end_of_guest_memory)
+    throw_errno(EINVAL, fmt::format("memory slot {}: beyond the guest's addresses", region.slot));
 
   const auto old = slots_.find(region.slot);
   // Nothing changes before all memory for the new state is there.
@@ -274,9 +281,38 @@ void SoftVm::remove_vcpu(SoftVcpu& vcpu) noexcept {
   std::erase(peers_, &vcpu);
 }
 
-// Both are needs of Intel's hardware; accepted so that a machine can be set up the same way everywhere.
-void SoftVm::set_tss_addr(uint64_t) {}
-void SoftVm::set_identity_map_addr(uint64_t) {}
+// Both are needs of Intel's hardware; accepted, as far as KVM does, so that a machine can be set up the same
+// way everywhere.
+void SoftVm::set_tss_addr(uint64_t gpa) {
+  if (gpa > last_tss)
+    throw_errno(EINVAL, "KVM_SET_TSS_ADDR: three pages from there on do not end below 4 GiB");
+}
+void SoftVm::set_identity_map_addr(uint64_t) {
+  const std::lock_guard lock(vcpus_mutex_);
+  if (!vcpus_.empty()) throw_errno(EINVAL, "KVM_SET_IDENTITY_MAP_ADDR: there are vCPUs already");
+}
+
+// A vCPU has a LAPIC from its creation on, or none.
+void SoftVm::create_irqchip() {
+  const std::lock_guard lock(vcpus_mutex_);
+  if (!vcpus_.empty() && irqchip_.mode() == Irqchip::Mode::none)
+    throw_errno(EINVAL, "KVM_CREATE_IRQCHIP: there are vCPUs already");
+  irqchip_.create_full();
+}
+
+void SoftVm::create_split_irqchip(uint64_t pins) {
+  const std::lock_guard lock(vcpus_mutex_);
+  if (!vcpus_.empty() && pins <= GsiRouting::max_gsis)
+    throw_errno(EEXIST, "KVM_CAP_SPLIT_IRQCHIP: there are vCPUs already");
+  irqchip_.create_split(pins);
+}
+
+uint32_t SoftVm::valid_tsc_khz(uint32_t khz) const {
+  if (khz == 0) return tsc_khz_;
+  if (khz < least_tsc_khz || khz >= end_of_tsc_khz)
+    throw_errno(EINVAL, fmt::format("KVM_SET_TSC_KHZ: a TSC of {} kHz is too slow or too fast", khz));
+  return khz;
+}
 
 // All three of one moment, as the guest's clock follows the host's TSC.
 kvm_clock_data SoftVm::clock() {

@@ -41,7 +41,7 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
   std::unique_ptr<Vcpu> create_vcpu(unsigned id) override;
   void set_tss_addr(uint64_t gpa) override;
   void set_identity_map_addr(uint64_t gpa) override;
-  void create_irqchip() override { irqchip_.create_full(); }
+  void create_irqchip() override;
   void create_pit2(const kvm_pit_config& config) override { irqchip_.create_pit(config); }
   kvm_irqchip irqchip(uint32_t chip_id) override { return irqchip_.chip(chip_id); }
   void set_irqchip(const kvm_irqchip& chip) override { irqchip_.set_chip(chip); }
@@ -65,7 +65,7 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
   }
   Fd statistics_fd() override;
   uint32_t default_tsc_khz() override { return default_tsc_khz_; }
-  void set_default_tsc_khz(uint32_t khz) override { default_tsc_khz_ = khz != 0 ? khz : tsc_khz_; }
+  void set_default_tsc_khz(uint32_t khz) override { default_tsc_khz_ = valid_tsc_khz(khz); }
   kvm_clock_data clock() override;
   void set_clock(const kvm_clock_data& clock) override;
 
@@ -78,6 +78,8 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
   std::mutex& split_lock() noexcept { return split_lock_; }
   std::mutex& clock_pages_mutex() noexcept { return clock_pages_mutex_; }
   uint32_t tsc_khz() const noexcept { return tsc_khz_; }  // of the host
+  // The frequency that KVM_SET_TSC_KHZ asks for with `khz`. EINVAL for what guests are not given.
+  uint32_t valid_tsc_khz(uint32_t khz) const;
   TscLines& tsc_lines() noexcept { return tsc_lines_; }
   const Options& options() const noexcept { return options_; }
   // HLT ends no run(), whoever has the LAPIC (KVM_CAP_X86_DISABLE_EXITS).
@@ -107,6 +109,7 @@ class SoftVm final : public Vm, private CodeWatch, private GuardedMemory {
   void flush_all_vcpus() noexcept;
   Slot& slot_by_id(uint32_t id, const char* what);
   void limit_vcpu_ids(uint64_t limit);
+  void create_split_irqchip(uint64_t pins);
 
   const uint32_t tsc_khz_;
   std::atomic<uint32_t> default_tsc_khz_{tsc_khz_};
