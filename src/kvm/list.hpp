@@ -16,7 +16,8 @@
 
 namespace lodge::kvm {
 
-// kvm_cpuid2 (nent), kvm_msrs (nmsrs) and kvm_irq_routing (nr): a count and a word that is zero.
+// kvm_cpuid and kvm_cpuid2 (nent), kvm_msrs (nmsrs) and kvm_irq_routing (nr): a count and a word that is
+// zero.
 struct CountHeader {
   uint32_t count;
   uint32_t zero;
@@ -44,6 +45,7 @@ constexpr unsigned long get_msr_feature_index_list = _IOWR(KVMIO, 0x0a, ShortHea
 constexpr unsigned long set_gsi_routing = _IOW(KVMIO, 0x6a, CountHeader);
 constexpr unsigned long get_msrs = _IOWR(KVMIO, 0x88, CountHeader);
 constexpr unsigned long set_msrs = _IOW(KVMIO, 0x89, CountHeader);
+constexpr unsigned long set_cpuid = _IOW(KVMIO, 0x8a, CountHeader);
 constexpr unsigned long set_cpuid2 = _IOW(KVMIO, 0x90, CountHeader);
 constexpr unsigned long set_signal_mask = _IOW(KVMIO, 0x8b, ShortHeader);
 constexpr unsigned long get_cpuid2 = _IOWR(KVMIO, 0x91, CountHeader);

@@ -510,6 +510,73 @@ static void test_arguments(void) {
   CHECK(ioctl(vm, KVM_SET_NR_MMU_PAGES, 1ul) == -1 && errno == EINVAL);
 }
 
+// The first forms of what has got a second one since: the timer's channels without flags, CPUID without
+// index.
+static void test_first_forms(void) {
+  // xor %eax, %eax; cpuid; mov %bl, %al; outb %al, $0x10
+  static const uint8_t identifies[] = {0x66, 0x31, 0xc0, 0x0f, 0xa2, 0x88, 0xd8, 0xe6, 0x10};
+  make_vm(identifies, sizeof identifies);
+  struct kvm_pit_state pit;
+  CHECK(ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_PIT) == 1);
+  CHECK(ioctl(vm, KVM_CREATE_IRQCHIP, 0) == 0);
+  CHECK(ioctl(vm, KVM_GET_PIT, &pit) == -1 && errno == ENXIO);
+  struct kvm_pit_config config = {.flags = 0};
+  CHECK(ioctl(vm, KVM_CREATE_PIT2, &config) == 0);
+  struct kvm_pit_state2 all;
+  CHECK(ioctl(vm, KVM_GET_PIT2, &all) == 0);
+  all.flags |= KVM_PIT_FLAGS_HPET_LEGACY;
+  all.channels[2].count = 0x1234;
+  CHECK(ioctl(vm, KVM_SET_PIT2, &all) == 0);
+  memset(&pit, 0xff, sizeof pit);
+  CHECK(ioctl(vm, KVM_GET_PIT, &pit) == 0 && pit.channels[2].count == 0x1234);
+  pit.channels[2].count = 0x4321;
+  CHECK(ioctl(vm, KVM_SET_PIT, &pit) == 0);
+  CHECK(ioctl(vm, KVM_GET_PIT2, &all) == 0 && all.channels[2].count == 0x4321);
+  CHECK((all.flags & KVM_PIT_FLAGS_HPET_LEGACY) != 0);
+  CHECK(ioctl(vm, KVM_GET_PIT, NULL) == -1 && errno == EFAULT);
+
+  make_vcpu();
+  enum { most = 256 };
+  struct kvm_cpuid* old = calloc(1, sizeof *old + (most + 1) * sizeof *old->entries);
+  struct kvm_cpuid2* new = calloc(1, sizeof *new + most * sizeof *new->entries);
+  CHECK(old != NULL && new != NULL);
+  old->nent = most + 1;
+  CHECK(ioctl(vcpu, KVM_SET_CPUID, old) == -1 && errno == E2BIG);
+  old->nent = 2;
+  old->entries[0] = (struct kvm_cpuid_entry){.function = 0, .eax = 1, .ebx = 0x42, .ecx = 3, .edx = 4};
+  old->entries[1] = (struct kvm_cpuid_entry){.function = 1, .eax = 5};
+  CHECK(ioctl(vcpu, KVM_SET_CPUID, old) == 0);
+  new->nent = most;
+  CHECK(ioctl(vcpu, KVM_GET_CPUID2, new) == 0 && new->nent >= 2);
+  CHECK(new->entries[0].index == 0 && new->entries[0].flags == 0 && new->entries[1].function == 1);
+  CHECK(new->entries[0].eax == 1 && new->entries[0].ebx == 0x42 && new->entries[0].ecx == 3 &&
+        new->entries[0].edx == 4 && new->entries[1].eax == 5);
+  CHECK(next_out() == 0x42);
+  free(old);
+  free(new);
+}
+
+// A dirty log that has nowhere to go; what else is wrong is said first.
+static void test_no_bitmap(void) {
+  make_vm(spins, sizeof spins);
+  struct kvm_enable_cap manual = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+                                  .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
+  CHECK(ioctl(vm, KVM_ENABLE_CAP, &manual) == 0);
+  struct kvm_userspace_memory_region region = {
+      .memory_size = ram_size, .flags = KVM_MEM_LOG_DIRTY_PAGES, .userspace_addr = (uintptr_t)ram};
+  CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == 0);
+  struct kvm_dirty_log log = {.slot = 0};
+  CHECK(ioctl(vm, KVM_GET_DIRTY_LOG, &log) == -1 && errno == EFAULT);
+  log.slot = 1;
+  CHECK(ioctl(vm, KVM_GET_DIRTY_LOG, &log) == -1 && errno == ENOENT);
+  struct kvm_clear_dirty_log clear = {.slot = 0, .num_pages = 64};
+  CHECK(ioctl(vm, KVM_CLEAR_DIRTY_LOG, &clear) == -1 && errno == EFAULT);
+  clear.num_pages = ~0u;
+  CHECK(ioctl(vm, KVM_CLEAR_DIRTY_LOG, &clear) == -1 && errno == EINVAL);
+  clear.num_pages = 0;
+  CHECK(ioctl(vm, KVM_CLEAR_DIRTY_LOG, &clear) == 0);
+}
+
 // Two vCPUs of a machine write to the one ring, which each mapping shows, also one made by itself.
 static void test_coalesced(void) {
   // mov $0xb8000 >> 4, %ax; mov %ax, %ds; movb $7, 0; outb %al, $0x10
@@ -745,6 +812,8 @@ static const struct {
              {"cancel", test_cancel},
              {"cancel_later", test_cancel_later},
              {"arguments", test_arguments},
+             {"first_forms", test_first_forms},
+             {"no_bitmap", test_no_bitmap},
              {"leaks", test_leaks},
              {"coalesced", test_coalesced},
              {"uring", test_uring}};

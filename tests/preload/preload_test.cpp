@@ -52,7 +52,8 @@ INSTANTIATE_TEST_SUITE_P(All, Preload,
                          testing::Values("run", "descriptors", "fork", "writes", "vectors", "protection",
                                          "mappings", "generic", "handler", "signal", "mask", "alarm",
                                          "blocked", "immediate", "kick", "unblocked", "cancel",
-                                         "cancel_later", "arguments", "leaks", "coalesced", "uring"),
+                                         "cancel_later", "arguments", "first_forms", "no_bitmap", "leaks",
+                                         "coalesced", "uring"),
                          [](const auto& test) { return std::string(test.param); });
 
 testing_support::Result check(std::vector<std::string> words) {

@@ -34,6 +34,7 @@ class CountedList {
 };
 using MsrEntries = CountedList<CountHeader, kvm_msr_entry>;
 using MsrIndices = CountedList<ShortHeader, uint32_t>;
+using OldCpuidEntries = CountedList<CountHeader, kvm_cpuid_entry>;
 using CpuidEntries = CountedList<CountHeader, kvm_cpuid_entry2>;
 using RoutingEntries = CountedList<CountHeader, kvm_irq_routing_entry>;
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <mutex>
 #include <optional>
+#include <vector>
 
 #include "kvm/preload/argument.hpp"
 #include "kvm/preload/cancellation.hpp"
@@ -110,6 +111,7 @@ class VcpuFile final : public File {
         if (list.count() > max_cpuid_entries) return -E2BIG;
         return vcpu_->set_cpuid2(list.entries()), 0;
       }
+      case request::set_cpuid: return set_cpuid(OldCpuidEntries(argument));
       case request::get_cpuid2: {
         CpuidEntries list(argument);
         const auto entries = vcpu_->cpuid2();
@@ -120,6 +122,19 @@ class VcpuFile final : public File {
       }
       default: return -ENOTTY;
     }
+  }
+
+  // KVM_SET_CPUID: entries that know no index.
+  int set_cpuid(const OldCpuidEntries& list) {
+    if (list.count() > max_cpuid_entries) return -E2BIG;
+    std::vector<kvm_cpuid_entry2> entries(list.count());
+    std::ranges::transform(list.entries(), entries.begin(), [](const kvm_cpuid_entry& entry) {
+      kvm_cpuid_entry2 out{};
+      out.function = entry.function;
+      out.eax = entry.eax, out.ebx = entry.ebx, out.ecx = entry.ecx, out.edx = entry.edx;
+      return out;
+    });
+    return vcpu_->set_cpuid2(entries), 0;
   }
 
   int control(unsigned long number, unsigned long argument) {

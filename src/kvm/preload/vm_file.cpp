@@ -3,8 +3,10 @@
 
 #include <fcntl.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "kvm/preload/argument.hpp"
 #include "kvm/preload/signals.hpp"
@@ -72,18 +74,8 @@ class VmFile final : public File {
     switch (number) {
       case KVM_SET_USER_MEMORY_REGION: return set_region(pointed<kvm_userspace_memory_region>(argument));
       case set_user_memory_region2: return set_region(pointed<MemoryRegion2>(argument).region);
-      case KVM_GET_DIRTY_LOG: {
-        const auto& log = pointed<kvm_dirty_log>(argument);
-        vm_->get_dirty_log(log.slot, {static_cast<uint64_t*>(log.dirty_bitmap), words(log.slot)});
-        return 0;
-      }
-      case KVM_CLEAR_DIRTY_LOG: {
-        const auto& log = pointed<kvm_clear_dirty_log>(argument);
-        const size_t count = (size_t{log.num_pages} + 63) / 64;
-        vm_->clear_dirty_log(log.slot, log.first_page, log.num_pages,
-                             {static_cast<const uint64_t*>(log.dirty_bitmap), count});
-        return 0;
-      }
+      case KVM_GET_DIRTY_LOG: return get_dirty_log(pointed<kvm_dirty_log>(argument));
+      case KVM_CLEAR_DIRTY_LOG: return clear_dirty_log(pointed<kvm_clear_dirty_log>(argument));
       // A limit for shadow page tables, of which there are none: kept as any number of them would keep it.
       case KVM_SET_NR_MMU_PAGES: return argument < min_mmu_pages ? -EINVAL : 0;
       default: return -ENOTTY;
@@ -95,6 +87,25 @@ class VmFile final : public File {
     vm_->set_user_memory_region(region);
     slot_pages_[region.slot] = region.memory_size / page_size;
     return 0;
+  }
+
+  // Without a bitmap, as in the kernel: what is wrong besides is said first, and the log is cleared.
+  int get_dirty_log(const kvm_dirty_log& log) {
+    const size_t count = words(log.slot);
+    if (auto* const bitmap = static_cast<uint64_t*>(log.dirty_bitmap); bitmap != nullptr)
+      return vm_->get_dirty_log(log.slot, {bitmap, count}), 0;
+    std::vector<uint64_t> lost(count);
+    vm_->get_dirty_log(log.slot, lost);
+    return -EFAULT;
+  }
+  int clear_dirty_log(const kvm_clear_dirty_log& log) {
+    const size_t count = (size_t{log.num_pages} + 63) / 64;
+    const auto* const bitmap = static_cast<const uint64_t*>(log.dirty_bitmap);
+    if (bitmap != nullptr || count == 0)
+      return vm_->clear_dirty_log(log.slot, log.first_page, log.num_pages, {bitmap, count}), 0;
+    const std::vector<uint64_t> nothing(std::min(count, words(log.slot)));
+    vm_->clear_dirty_log(log.slot, log.first_page, log.num_pages, nothing);
+    return -EFAULT;
   }
 
   // The client's bitmap has one bit for each page of the slot, in whole words.
@@ -114,6 +125,8 @@ class VmFile final : public File {
       case KVM_SET_IRQCHIP: return vm_->set_irqchip(pointed<kvm_irqchip>(argument)), 0;
       case KVM_CREATE_PIT: return vm_->create_pit2({}), 0;
       case KVM_CREATE_PIT2: return vm_->create_pit2(pointed<kvm_pit_config>(argument)), 0;
+      case KVM_GET_PIT: return get_pit(pointed<kvm_pit_state>(argument));
+      case KVM_SET_PIT: return set_pit(pointed<kvm_pit_state>(argument));
       case KVM_GET_PIT2: return pointed<kvm_pit_state2>(argument) = vm_->pit2(), 0;
       case KVM_SET_PIT2: return vm_->set_pit2(pointed<kvm_pit_state2>(argument)), 0;
       case KVM_REINJECT_CONTROL: return vm_->reinject_control(pointed<kvm_reinject_control>(argument)), 0;
@@ -135,6 +148,17 @@ class VmFile final : public File {
       case KVM_IOEVENTFD: return vm_->ioeventfd(pointed<kvm_ioeventfd>(argument)), 0;
       default: return -ENOTTY;
     }
+  }
+
+  // The channels alone, without the flags that came later.
+  int get_pit(kvm_pit_state& state) {
+    const kvm_pit_state2 now = vm_->pit2();
+    return std::ranges::copy(now.channels, state.channels), 0;
+  }
+  int set_pit(const kvm_pit_state& state) {
+    kvm_pit_state2 next = vm_->pit2();
+    std::ranges::copy(state.channels, next.channels);
+    return vm_->set_pit2(next), 0;
   }
 
   int set_routing(unsigned long argument) {
