@@ -186,9 +186,13 @@ uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t
   std::string_view digits = base == 16 ? value.substr(2) : value;
   uint64_t number = 0;
   auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number, base);
+  // A port or an address is written in hexadecimal, a count is not.
+  const auto as_given = [base](uint64_t limit) {
+    return base == 16 ? fmt::format("{:#x}", limit) : fmt::format("{}", limit);
+  };
   if (error != std::errc{} || end != digits.data() + digits.size() || number < minimum || number > maximum)
-    usage_error("--device {},{}={}: give a number from {:#x} to {:#x}", device_, name, value, minimum,
-                maximum);
+    usage_error("--device {},{}={}: give a number from {} to {}", device_, name, value, as_given(minimum),
+                as_given(maximum));
   return number;
 }
 

@@ -88,6 +88,10 @@ TEST_F(BadInput, SettingsForASystemWithoutCloudInit) {
   ASSERT_EQ(made.status, 0) << made.err;
   refused({"run", "--accel", accelerator, "--hostname", "web", disk}, "has no cloud-init");
 }
+TEST_F(BadInput, LimitsAreInTheBaseOfTheNumber) {
+  run_refused({"--device", "virtio-blk,file=/dev/null,queues=17"}, "from 0 to 16");
+  run_refused({"--device", "debugcon,port=0x10000"}, "from 0x0 to 0xffff");
+}
 TEST_F(BadInput, APciSlotThatIsTaken) {
   run_refused({"--device", "virtio-rng,slot=5", "--device", "virtio-balloon,addr=5"}, "taken by virtio-rng");
 }
