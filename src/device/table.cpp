@@ -186,9 +186,11 @@ uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t
   std::string_view digits = base == 16 ? value.substr(2) : value;
   uint64_t number = 0;
   auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), number, base);
-  // A port or an address is written in hexadecimal, a count is not.
-  const auto as_given = [base](uint64_t limit) {
-    return base == 16 ? fmt::format("{:#x}", limit) : fmt::format("{}", limit);
+  // The limits as people write such a number: like its default, or like this one.
+  const auto schema = std::ranges::find(schemas_, name, &OptionSchema::name);
+  const bool hexadecimal = base == 16 || (schema != schemas_.end() && schema->fallback.starts_with("0x"));
+  const auto as_given = [hexadecimal](uint64_t limit) {
+    return hexadecimal ? fmt::format("{:#x}", limit) : fmt::format("{}", limit);
   };
   if (error != std::errc{} || end != digits.data() + digits.size() || number < minimum || number > maximum)
     usage_error("--device {},{}={}: give a number from {} to {}", device_, name, value, as_given(minimum),
@@ -234,7 +236,7 @@ std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
     if (!schema) usage_error("--device {}: no option '{}'; there are {}", name, key, names_of(row->options));
     values[std::string(schema->name)] = value;
   }
-  return {row, DeviceOptions(name, std::move(values))};
+  return {row, DeviceOptions(name, row->options, std::move(values))};
 }
 
 std::unique_ptr<MountedDevice> create_device(const DeviceContext& context, const std::string& name,

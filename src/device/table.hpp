@@ -82,8 +82,9 @@ struct OptionSchema {
 // The options of one --device: complete, known and with their defaults filled in.
 class DeviceOptions {
  public:
-  DeviceOptions(std::string_view device, std::map<std::string, std::string> values)
-      : device_(device), values_(std::move(values)) {}
+  DeviceOptions(std::string_view device, std::span<const OptionSchema> schemas,
+                std::map<std::string, std::string> values)
+      : device_(device), schemas_(schemas), values_(std::move(values)) {}
 
   const std::string& text(std::string_view name) const;
   // Decimal or 0x hexadecimal. Throws UsageError naming device, option, value and the range.
@@ -95,6 +96,7 @@ class DeviceOptions {
 
  private:
   std::string device_;
+  std::span<const OptionSchema> schemas_;  // of the device's row, which is for ever
   std::map<std::string, std::string> values_;
 };
 
