@@ -330,7 +330,8 @@ void add_networks(const detail::RawOptions& raw, vm::VmConfig& config) {
     for (const auto& text : raw.forwards) net::parse_forward("--forward", text);
     const auto is_user = [](const vm::DeviceConfig& card) { return card.options.at("net") == "user"; };
     auto user = std::ranges::find_if(cards, is_user);
-    if (user == cards.end()) user = cards.insert(cards.end(), {"virtio-net", {{"net", "user"}}});
+    if (user == cards.end())
+      user = cards.insert(cards.end(), {"virtio-net", {{"net", "user"}}, {"--forward", {"net"}}});
     auto& forward = user->options["forward"];
     if (!forward.empty()) forward += "+";
     forward += fmt::format("{}", fmt::join(raw.forwards, "+"));
@@ -368,14 +369,19 @@ RunCommand understand_run(const detail::RawOptions& raw) {
   if (!console.empty()) {
     vm::parse_serial("--console", console);
     if (raw.serial.empty()) config.serial = {{vm::SerialConfig::Kind::null, {}}};
-    config.devices.push_back({"virtio-console", {{"console", console}}});
+    config.devices.push_back({"virtio-console", {{"console", console}}, {"--console", {"console"}}});
   }
   add_networks(raw, config);
   for (const auto& text : raw.disks) config.devices.push_back(vm::parse_disk("--disk", text));
   add_seed(raw.seed, config);
   for (const auto& text : raw.shares) config.devices.push_back(vm::parse_share("--share", text));
-  if (!raw.vsock.empty()) config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
-  if (!raw.watchdog.empty()) config.devices.push_back({"watchdog", {{"action", raw.watchdog}}});
+  if (!raw.vsock.empty()) {
+    config.devices.push_back(vm::parse_device("--vsock", "virtio-vsock," + raw.vsock));
+    config.devices.back().spelling.option = "--vsock";
+  }
+  if (!raw.watchdog.empty())
+    config.devices.push_back(
+        {"watchdog", {{"action", raw.watchdog}}, {"--watchdog " + raw.watchdog, {"action"}}});
   for (const auto& text : raw.devices) config.devices.push_back(vm::parse_device("--device", text));
   add_slots(raw.hotplug, config);
   if (!raw.no_balloon) add_balloon(config);

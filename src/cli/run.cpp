@@ -193,7 +193,7 @@ int run(const RunCommand& command) {
                              open_backends(command.config, terminal, key));
   built = true;
   for (const auto& [option, where] : machine.backends().device_terminals())
-    say(fmt::format("{} is {}", option.substr(0, option.find_last_not_of('=') + 1), where));
+    say(fmt::format("{} is {}", option, where));
   target = &machine;
   terminal.enter();
   if (terminal.active()) tell_size(machine);

@@ -30,7 +30,7 @@ namespace {
 class MountedDebugConsole final : public MountedDevice {
  public:
   MountedDebugConsole(const DeviceContext& context, const DeviceOptions& options)
-      : backend_(context.open_backend(options.text("output"), "--device debugcon,output=", false)),
+      : backend_(context.open_backend(options.text("output"), options.spelled_name("output"), false)),
         console_(*backend_),
         port_(context.ports, options.number("port", 0, 0xffff), 1, console_, "debugcon") {}
 
@@ -83,18 +83,19 @@ class MountedPanicPort final : public MountedDevice {
 };
 
 // What --watchdog and action= take.
-std::function<void()> watchdog_action(machine::Power& power, const std::string& action) {
+std::function<void()> watchdog_action(machine::Power& power, const DeviceOptions& options) {
+  const std::string& action = options.text("action");
   using enum machine::PowerRequest;
   if (action == "reset") return [&power] { power.request(reset); };
   if (action == "poweroff") return [&power] { power.request(power_off); };
   if (action == "none") return [] {};  // the guest finds that it has expired
-  usage_error("--device watchdog,action={}: choose reset, poweroff or none", action);
+  usage_error("{}: choose reset, poweroff or none", options.spelled("action"));
 }
 
 class MountedWatchdog final : public MountedDevice {
  public:
   MountedWatchdog(const DeviceContext& context, const DeviceOptions& options)
-      : watchdog_(context.clock, watchdog_action(context.power, options.text("action"))),
+      : watchdog_(context.clock, watchdog_action(context.power, options)),
         ports_(context.ports, Watchdog::ports, Watchdog::window_size, watchdog_, "watchdog") {}
   Savable* savable() noexcept override { return &watchdog_; }
   void set_paused(bool paused) noexcept override { watchdog_.set_paused(paused); }
@@ -180,6 +181,16 @@ const std::string& DeviceOptions::text(std::string_view name) const {
   return values_.at(std::string(name));
 }
 
+std::string DeviceOptions::spelled_name(std::string_view name) const {
+  if (std::ranges::find(spelling_.in_it, name) != spelling_.in_it.end()) return spelling_.option;
+  return fmt::format("{},{}", spelling_.option, name);
+}
+
+std::string DeviceOptions::spelled(std::string_view name) const {
+  if (std::ranges::find(spelling_.in_it, name) != spelling_.in_it.end()) return spelling_.option;
+  return fmt::format("{},{}={}", spelling_.option, name, text(name));
+}
+
 uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t maximum) const {
   std::string_view value = text(name);
   int base = value.starts_with("0x") || value.starts_with("0X") ? 16 : 10;
@@ -193,8 +204,7 @@ uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t
     return hexadecimal ? fmt::format("{:#x}", limit) : fmt::format("{}", limit);
   };
   if (error != std::errc{} || end != digits.data() + digits.size() || number < minimum || number > maximum)
-    usage_error("--device {},{}={}: give a number from {} to {}", device_, name, value, as_given(minimum),
-                as_given(maximum));
+    usage_error("{}: give a number from {} to {}", spelled(name), as_given(minimum), as_given(maximum));
   return number;
 }
 
@@ -207,18 +217,19 @@ uint64_t DeviceOptions::amount(std::string_view name) const {
       end == last ? std::string_view::npos : std::string_view("KMGT").find(static_cast<char>(*end & ~0x20));
   const unsigned shift = unit == std::string_view::npos ? 0 : 10 * (static_cast<unsigned>(unit) + 1);
   if (error != std::errc{} || end + (shift != 0) != last || number > UINT64_MAX >> shift)
-    usage_error("--device {},{}={}: give a number, with K, M, G or T if you like", device_, name, value);
+    usage_error("{}: give a number, with K, M, G or T if you like", spelled(name));
   return number << shift;
 }
 
 bool DeviceOptions::flag(std::string_view name) const {
   const std::string& value = text(name);
-  if (value != "on" && value != "off") usage_error("--device {},{}={}: give on or off", device_, name, value);
+  if (value != "on" && value != "off") usage_error("{}: give on or off", spelled(name));
   return value == "on";
 }
 
 std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
-    const std::string& name, const std::map<std::string, std::string>& options) {
+    const std::string& name, const std::map<std::string, std::string>& options, Spelling spelling) {
+  if (spelling.option.empty()) spelling.option = "--device " + name;
   const DeviceDescriptor* row = nullptr;
   for (const auto& candidate : device_table())
     if (candidate.name == name) row = &candidate;
@@ -232,16 +243,18 @@ std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
     for (const auto& candidate : row->options)
       if (key == candidate.name || (!candidate.alias.empty() && key == candidate.alias)) schema = &candidate;
     if (!schema && row->options.empty())
-      usage_error("--device {}: option '{}': it takes no options", name, key);
-    if (!schema) usage_error("--device {}: no option '{}'; there are {}", name, key, names_of(row->options));
+      usage_error("{}: option '{}': it takes no options", spelling.option, key);
+    if (!schema)
+      usage_error("{}: no option '{}'; there are {}", spelling.option, key, names_of(row->options));
     values[std::string(schema->name)] = value;
   }
-  return {row, DeviceOptions(name, row->options, std::move(values))};
+  return {row, DeviceOptions(std::move(spelling), row->options, std::move(values))};
 }
 
 std::unique_ptr<MountedDevice> create_device(const DeviceContext& context, const std::string& name,
-                                             const std::map<std::string, std::string>& options) {
-  auto [row, checked] = check_device(name, options);
+                                             const std::map<std::string, std::string>& options,
+                                             Spelling spelling) {
+  auto [row, checked] = check_device(name, options, std::move(spelling));
   return row->create(context, checked);
 }
 

@@ -40,7 +40,7 @@ struct DeviceContext {
   // A new source on the interrupt input `gsi` (0 to 23); alive as long as the machine.
   std::function<machine::Interrupt&(unsigned gsi)> line;
   // Opens what --serial calls a back end ("stdio", "file:PATH", "null", ...), for a device that prints or,
-  // `input`, also reads. Throws UsageError naming `option`.
+  // `input`, also reads. Throws UsageError naming `option`, which stands before "=".
   std::function<std::shared_ptr<CharBackend>(const std::string& specification, const std::string& option,
                                              bool input)>
       open_backend;
@@ -79,15 +79,27 @@ struct OptionSchema {
   std::string_view help;
 };
 
-// The options of one --device: complete, known and with their defaults filled in.
+// How the user asked for a device, for messages: they speak of what was typed, not of what it stands for.
+struct Spelling {
+  std::string option;                // "--disk a.img"; empty: "--device NAME"
+  std::vector<std::string> in_it{};  // the device's options whose values `option` gives itself, such as file
+  bool operator==(const Spelling&) const = default;
+};
+
+// The options of one device: complete, known and with their defaults filled in.
 class DeviceOptions {
  public:
-  DeviceOptions(std::string_view device, std::span<const OptionSchema> schemas,
+  DeviceOptions(Spelling spelling, std::span<const OptionSchema> schemas,
                 std::map<std::string, std::string> values)
-      : device_(device), schemas_(schemas), values_(std::move(values)) {}
+      : spelling_(std::move(spelling)), schemas_(schemas), values_(std::move(values)) {}
 
   const std::string& text(std::string_view name) const;
-  // Decimal or 0x hexadecimal. Throws UsageError naming device, option, value and the range.
+  // The device as the user asked for it ("--disk a.img"), one of its options ("--disk a.img,serial") and that
+  // with its value ("--disk a.img,serial=X"), for messages.
+  const std::string& spelled() const noexcept { return spelling_.option; }
+  std::string spelled_name(std::string_view name) const;
+  std::string spelled(std::string_view name) const;
+  // Decimal or 0x hexadecimal. Throws UsageError naming the option as it was spelled, value and range.
   uint64_t number(std::string_view name, uint64_t minimum, uint64_t maximum) const;
   // Decimal with an optional K, M, G or T (powers of 1024). Throws UsageError.
   uint64_t amount(std::string_view name) const;
@@ -95,7 +107,7 @@ class DeviceOptions {
   bool flag(std::string_view name) const;
 
  private:
-  std::string device_;
+  Spelling spelling_;                      // complete
   std::span<const OptionSchema> schemas_;  // of the device's row, which is for ever
   std::map<std::string, std::string> values_;
 };
@@ -114,14 +126,15 @@ std::span<const DeviceDescriptor> device_table() noexcept;
 // Whether the device `name` is to be created before those that are not.
 bool created_first(std::string_view name) noexcept;
 
-// Checks one --device against its row and fills in the defaults. Throws UsageError naming the unknown device
+// Checks one device against its row and fills in the defaults. Throws UsageError naming the unknown device
 // or option and listing the valid ones. Needs no machine: a command line is checked before anything is
 // created.
 std::pair<const DeviceDescriptor*, DeviceOptions> check_device(
-    const std::string& name, const std::map<std::string, std::string>& options);
+    const std::string& name, const std::map<std::string, std::string>& options, Spelling spelling = {});
 
 // Creates the device and puts it into the machine. Throws UsageError (also when its addresses are taken).
 std::unique_ptr<MountedDevice> create_device(const DeviceContext& context, const std::string& name,
-                                             const std::map<std::string, std::string>& options);
+                                             const std::map<std::string, std::string>& options,
+                                             Spelling spelling = {});
 
 }  // namespace lodge::device

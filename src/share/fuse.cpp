@@ -46,7 +46,7 @@ Owners owners_of_process(std::string_view option, const std::string& guest) {
   // The largest number means "nobody in particular" to chown(2).
   if (uid.ec != std::errc{} || uid.ptr == last || *uid.ptr != ':' || gid.ec != std::errc{} ||
       gid.ptr != last || owners.guest_uid == UINT32_MAX || owners.guest_gid == UINT32_MAX)
-    usage_error("{}{}: give UID:GID, for example 1000:1000", option, guest);
+    usage_error("{}={}: give UID:GID, for example 1000:1000", option, guest);
   return owners;
 }
 

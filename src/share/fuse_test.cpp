@@ -85,7 +85,7 @@ class FuseTest : public ::testing::Test {
 
   TemporaryDirectory directory;
   const fs::path top = directory.path(), shared = top / "shared";
-  FuseServer::Config config{false, owners_of_process("owner=", "0:0"), 8};
+  FuseServer::Config config{false, owners_of_process("owner", "0:0"), 8};
   std::optional<FuseServer> server;
   std::optional<FakeGuest> guest;
 };
@@ -207,12 +207,12 @@ TEST_F(FuseTest, WithoutRootOwnersAreMapped) {
   EXPECT_EQ(person.set(attr.nodeid, in).error, 0);
   in.uid = 0;
   EXPECT_EQ(person.set(attr.nodeid, in).error, EPERM);
-  EXPECT_THROW(owners_of_process("owner=", "me"), UsageError);
-  EXPECT_THROW(owners_of_process("owner=", "1:2:3"), UsageError);
+  EXPECT_THROW(owners_of_process("owner", "me"), UsageError);
+  EXPECT_THROW(owners_of_process("owner", "1:2:3"), UsageError);
   for (const char* wrong :
        {"-1:0", "0:-1", "1", "1:", ":1", " 1:1", "4294967295:0", "0:4294967295", "4294967296:0"})
-    EXPECT_THROW(owners_of_process("owner=", wrong), UsageError) << wrong;
-  EXPECT_EQ(owners_of_process("owner=", "4294967294:0").guest_uid, 4294967294u);
+    EXPECT_THROW(owners_of_process("owner", wrong), UsageError) << wrong;
+  EXPECT_EQ(owners_of_process("owner", "4294967294:0").guest_uid, 4294967294u);
 }
 
 TEST_F(FuseTest, NothingOutsideIsReached) {

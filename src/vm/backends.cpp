@@ -29,7 +29,7 @@ std::shared_ptr<Stream> Backends::open(const std::string& specification, const s
   const bool stdio = config.kind == SerialConfig::Kind::stdio;
   const std::string key = specification == "pty" ? specification + " of " + option : specification;
   if (stdio && input && terminal_has_reader_ && !readers_.contains(option))
-    usage_error("{}{}: the terminal belongs to another device; give --serial null", option, specification);
+    usage_error("{}={}: the terminal belongs to another device; give --serial null", option, specification);
   auto& stream = others_[key];
   if (!stream || (stdio && input && !terminal_has_reader_)) {
     Stream::Ends ends = open_noting_files(config, option);

@@ -15,7 +15,7 @@
 #include <set>
 
 #include "base/error.hpp"
-#include "device/table.hpp"
+#include "device/virtio/network_options.hpp"
 #include "machine/layout.hpp"
 
 namespace lodge::vm {
@@ -219,6 +219,7 @@ DeviceConfig parse_disk(std::string_view option, std::string_view text) {
     if (part.empty()) usage_error("{}: give FILE[,readonly][,snapshot][,format=raw]...", option);
     const std::string key(first ? "file" : part.substr(0, equals));
     const std::string value(first ? part : equals < part.size() ? part.substr(equals + 1) : "on");
+    if (first) disk.spelling = {fmt::format("{} {}", option, value), {"file"}};
     if (!disk.options.emplace(key, value).second) usage_error("{}: '{}' is given twice", option, key);
   }
   return disk;
@@ -233,6 +234,7 @@ DeviceConfig parse_share(std::string_view option, std::string_view text) {
       if (colon == 0 || colon == std::string_view::npos || colon + 1 == part.size() ||
           part.find(',', colon) != std::string::npos)
         usage_error("{}: '{}' is not PATH:TAG, for example /home/me/src:src", option, part);
+      share.spelling = {fmt::format("{} {}", option, part), {"path", "tag"}};
       share.options = {{"path", part.substr(0, colon)}, {"tag", part.substr(colon + 1)}};
       continue;
     }
@@ -248,6 +250,7 @@ DeviceConfig parse_share(std::string_view option, std::string_view text) {
 DeviceConfig parse_network(std::string_view option, std::string_view text) {
   DeviceConfig card = parse_device(option, fmt::format("virtio-net,net={}", text));
   const std::string& kind = card.options.at("net");
+  card.spelling = {fmt::format("{} {}", option, kind), {"net"}};
   if (kind != "user" && kind != "tap" && kind != "stream")
     usage_error("{}: unknown network '{}'; choose user, tap, stream or none", option, kind);
   return card;
@@ -255,7 +258,8 @@ DeviceConfig parse_network(std::string_view option, std::string_view text) {
 
 void check_names(std::span<const DeviceConfig> devices) {
   unsigned nameless = 0;
-  std::set<std::string> disks, tags, macs;
+  bool automatic = false;  // a card without mac=
+  std::set<std::string> disks, ports, tags, macs;
   const auto text = [](const DeviceConfig& device, const char* option) {
     const auto found = device.options.find(option);
     return found == device.options.end() ? std::string() : found->second;
@@ -274,13 +278,23 @@ void check_names(std::span<const DeviceConfig> devices) {
     } else if (device.name == "virtio-net") {
       std::string mac = text(device, "mac");
       std::ranges::transform(mac, mac.begin(), [](unsigned char c) { return std::tolower(c); });
-      if (!mac.empty() && mac != "auto" && !macs.insert(mac).second)
+      if (mac.empty() || mac == "auto")
+        automatic = true;
+      else if (!macs.insert(mac).second)
         usage_error("--net: mac={} is given twice; every card needs an address of its own", mac);
+    } else if (device.name == "pcie-root-port") {
+      ports.insert(text(device, "id"));
     }
   }
+  for (const std::string& mac : macs)
+    if (automatic && mac.starts_with(device::virtio::automatic_mac))
+      usage_error("--net: mac={} may be the address of a card without mac=; choose another", mac);
   for (unsigned i = 0; i < nameless; i++)
-    if (const auto name = fmt::format("disk{}", i); disks.contains(name))
+    if (const auto name = fmt::format("disk{}", i); !disks.insert(name).second)
       usage_error("--disk: id={} is the name of a disk without one; choose another", name);
+  for (const std::string& id : disks)
+    if (ports.contains(id))
+      usage_error("--disk: id={} is the name of a PCI Express port; choose another", id);
 }
 
 bool uses_terminal(const VmConfig& config) noexcept {
@@ -324,7 +338,8 @@ void validate(const VmConfig& config, const HostLimits& limits) {
   machine::check_memory(config.memory, config.memory_options);
   validate_serial(config);
   if (config.machine == MachineType::micro) validate_micro(config);
-  for (const auto& device : config.devices) device::check_device(device.name, device.options);
+  for (const auto& device : config.devices)
+    device::check_device(device.name, device.options, device.spelling);
   check_names(config.devices);
   if (!config.kernel.empty() && readable_file("--kernel", config.kernel) == 0)
     usage_error("--kernel: '{}' is empty", config.kernel);

@@ -9,6 +9,7 @@
 #include <string_view>
 #include <vector>
 
+#include "device/table.hpp"
 #include "kvm/soft/options.hpp"
 #include "machine/memory.hpp"
 #include "vm/seed.hpp"
@@ -25,10 +26,11 @@ struct SerialConfig {
   bool operator==(const SerialConfig&) const = default;
 };
 
-// One --device: "name,key=value,...".
+// One --device: "name,key=value,...", or one of another option that stands for such a device.
 struct DeviceConfig {
   std::string name;
   std::map<std::string, std::string> options;
+  device::Spelling spelling{};  // for messages
   bool operator==(const DeviceConfig&) const = default;
 };
 

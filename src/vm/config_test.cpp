@@ -49,7 +49,8 @@ TEST(CheckNames, RefusesTwoOfAName) {
   const DeviceConfig plain{"virtio-blk", {}}, named{"virtio-blk", {{"id", "x"}}},
       first{"virtio-blk", {{"id", "disk0"}}}, second{"virtio-blk", {{"id", "disk1"}}},
       share{"virtio-fs", {{"tag", "src"}}}, low{"virtio-net", {{"mac", "52:54:00:12:34:ab"}}},
-      high{"virtio-net", {{"mac", "52:54:00:12:34:AB"}}}, automatic{"virtio-net", {{"mac", "auto"}}};
+      high{"virtio-net", {{"mac", "52:54:00:12:34:AB"}}}, automatic{"virtio-net", {{"mac", "auto"}}},
+      kept{"virtio-net", {{"mac", "52:54:00:4c:4f:03"}}}, port{"pcie-root-port", {{"id", "x"}}};
   const auto refuse = [](std::vector<DeviceConfig> devices, const std::string& part) {
     EXPECT_THAT([&] { check_names(devices); }, ThrowsMessage<UsageError>(HasSubstr(part)));
   };
@@ -58,7 +59,10 @@ TEST(CheckNames, RefusesTwoOfAName) {
   refuse({plain, plain, second}, "--disk: id=disk1 is the name of a disk without one");
   refuse({share, share}, "--share: the tag 'src' is given twice");
   refuse({low, high}, "--net: mac=52:54:00:12:34:ab is given twice");
+  refuse({kept, automatic}, "--net: mac=52:54:00:4c:4f:03 may be the address of a card without mac=");
+  refuse({port, named}, "--disk: id=x is the name of a PCI Express port");
   check_names(std::vector{plain, named, second, share, low, automatic, automatic});
+  check_names(std::vector{kept, low});
 }
 
 TEST(ParseSize, RefusesWhatIsNoSize) {

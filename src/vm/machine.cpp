@@ -153,7 +153,8 @@ void Machine::create_optional_devices(const VmConfig& config) {
   for (const bool first : {true, false})
     for (const auto& device : config.devices)
       if (device::created_first(device.name) == first)
-        optional_.push_back({device, device::create_device(context, device.name, device.options)});
+        optional_.push_back(
+            {device, device::create_device(context, device.name, device.options, device.spelling)});
   chipset_->devices_are_in();
 }
 
@@ -237,8 +238,8 @@ std::vector<Machine::Slot> Machine::slots() {
 
 void Machine::plug(const DeviceConfig& device) {
   try {
-    optional_.push_back(
-        {device, device::create_device(device_context(cpus(), true), device.name, device.options)});
+    optional_.push_back({device, device::create_device(device_context(cpus(), true), device.name,
+                                                       device.options, device.spelling)});
   } catch (...) {
     backends_.close_unused();  // what it had opened before it failed
     throw;

@@ -32,6 +32,7 @@ std::string port_of(Machine& machine, const std::string& id) {
 
 Json device_add(VirtualMachine& machine, const Request& request) {
   DeviceConfig device{.name = control::text_argument(request, "driver"), .options = {}};
+  device.spelling.option = device.name;
   for (const auto& [name, value] : request.arguments.items())
     if (name != "driver") device.options[name] = option_text(name, value);
   try {

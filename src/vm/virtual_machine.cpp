@@ -266,7 +266,7 @@ std::string VirtualMachine::plug(DeviceConfig device) {
   const std::lock_guard lock(machine_mutex_);
   if (!machine_) usage_error("the machine has ended");
   drop_released();
-  const auto* const row = device::check_device(device.name, device.options).first;
+  const auto* const row = device::check_device(device.name, device.options, device.spelling).first;
   if (std::ranges::none_of(row->options, [](const auto& option) { return option.name == "bus"; }))
     usage_error("{} cannot come to a running machine; VirtIO devices can", device.name);
   auto devices = config_.devices;

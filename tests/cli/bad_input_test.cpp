@@ -170,8 +170,26 @@ TEST_F(BadInput, NumbersThatAreNone) {
   }
 }
 TEST_F(BadInput, FilesWithACommaInTheirName) {
-  run_refused({"--disk", dir_ / "a,b"}, "--device virtio-blk: no option 'b'");
+  run_refused({"--disk", dir_ / "a,b"}, "a: no option 'b'; there are file, format");
   run_refused({"--disk", dir_ / "a,,b"}, "a,b: cannot be opened for writing: No such file");
+}
+// What was typed is named, not the device that it stands for.
+TEST_F(BadInput, OptionsOfOptions) {
+  const std::string disk = file("disk", std::string(4096, '\0'));
+  run_refused({"--disk", disk + ",queues=17"}, "--disk " + disk + ",queues=17: give a number from 0 to 16");
+  run_refused({"--disk", disk + ",color=red"}, "--disk " + disk + ": no option 'color'; there are file");
+  run_refused({"--disk", disk + ",readonly=maybe"}, "--disk " + disk + ",readonly=maybe: give on or off");
+  run_refused({"--disk", disk + ",bus=a"}, "--disk " + disk + ",bus=a: no such port");
+  run_refused({"--share", dir_.path() + ":t,readonly=1"},
+              "--share " + dir_.path() + ":t,readonly=1: give on");
+  run_refused({"--share", dir_.path() + ":t,owner=x"}, "--share " + dir_.path() + ":t,owner=x: give UID:GID");
+  run_refused({"--net", "user,mtu=9"}, "--net user,mtu=9: give 68 to 65535");
+  run_refused({"--net", "user,mac=x"}, "--net user,mac=x: give six bytes");
+  run_refused({"--net", "user,ifname=tap0"}, "--net user: 'ifname' means nothing with --net user");
+  run_refused({"--watchdog", "bark"}, "--watchdog bark: choose reset, poweroff or none");
+  run_refused({"--vsock", "path=" + std::string(200, 'p')}, "--vsock,path=ppp");
+  run_refused({"--serial", "null", "--console", "stdio", "--device", "virtio-console"},
+              "--device virtio-console,console=stdio: the terminal belongs to another device");
 }
 TEST_F(BadInput, NoKernel) {
   refused({"run"}, "--kernel");

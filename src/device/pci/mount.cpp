@@ -26,10 +26,10 @@ class MountedRootPort final : public MountedDevice {
 };
 
 std::unique_ptr<MountedDevice> make_root_port(const DeviceContext& context, const DeviceOptions& options) {
-  if (!context.pci) usage_error("--device pcie-root-port: --machine micro has no PCI; take --machine pc");
+  if (!context.pci) usage_error("{}: --machine micro has no PCI; take --machine pc", options.spelled());
   const std::string& id = options.text("id");
-  if (id.empty()) usage_error("--device pcie-root-port: give it a name, for example id=port1");
-  if (context.pci->port(id)) usage_error("--device pcie-root-port,id={}: the name is given twice", id);
+  if (id.empty()) usage_error("{}: give it a name, for example id=port1", options.spelled());
+  if (context.pci->port(id)) usage_error("{}: the name is given twice", options.spelled("id"));
   const unsigned slot = options.text("slot") == "auto"
                             ? context.pci->free_slot()
                             : static_cast<unsigned>(options.number("slot", 1, 0x1e));

@@ -81,8 +81,8 @@ class MountedMmio final : public MountedDevice {
 std::unique_ptr<MountedDevice> mount_mmio(const DeviceContext& context, const DeviceOptions& options,
                                           std::unique_ptr<Device> device, Served served) {
   const auto refuse = [&](std::string_view option) {
-    usage_error("--device {},{}={}: --machine micro has no PCI; leave the option out, or take --machine pc",
-                device->description().name, option, options.text(option));
+    usage_error("{}: --machine micro has no PCI; leave the option out, or take --machine pc",
+                options.spelled(option));
   };
   if (options.text("slot") != "auto") refuse("slot");
   if (!options.text("bus").empty()) refuse("bus");
@@ -92,17 +92,14 @@ std::unique_ptr<MountedDevice> mount_mmio(const DeviceContext& context, const De
 
 std::unique_ptr<MountedDevice> mount_behind_port(const DeviceContext& context, const DeviceOptions& options,
                                                  std::unique_ptr<Device> device, Served served) {
-  const auto& name = device->description().name;
   const auto& bus = options.text("bus");
   pci::RootPort* port = context.pci->port(bus);
-  if (!port)
-    usage_error("--device {},bus={}: no such port; add --device pcie-root-port,id={}", name, bus, bus);
+  if (!port) usage_error("{}: no such port; add --device pcie-root-port,id={}", options.spelled("bus"), bus);
   if (options.text("slot") != "auto")
-    usage_error("--device {},bus={}: the port has one slot; leave slot={} out", name, bus,
-                options.text("slot"));
+    usage_error("{}: the port has one slot; leave slot={} out", options.spelled("bus"), options.text("slot"));
   if (legacy_wish(*device, options) == "on")
-    usage_error("--device {},bus={}: a PCI Express port has no room for port registers; leave legacy=on out",
-                name, bus);
+    usage_error("{}: a PCI Express port has no room for port registers; leave legacy=on out",
+                options.spelled("bus"));
   return std::make_unique<MountedPci>(context, port, MountedPci::behind_port, std::move(device), false,
                                       served);
 }

@@ -10,10 +10,9 @@ namespace lodge::device::virtio {
 
 namespace {
 
-constexpr std::string_view device = "--device virtio-net";
-
 // Locally administered, and another one for each place.
-Mac parse_mac(const std::string& text, unsigned place) {
+Mac mac_of(const DeviceOptions& options, unsigned place) {
+  const std::string& text = options.text("mac");
   if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(place)};
   Mac mac{};
   int length = 0;
@@ -21,7 +20,7 @@ Mac parse_mac(const std::string& text, unsigned place) {
                                 &mac[2], &mac[3], &mac[4], &mac[5], &length);
   if (count != 6 || static_cast<size_t>(length) != text.size() || text.size() != 17 || mac[0] & 1 ||
       mac == Mac{})
-    usage_error("{},mac={}: give six bytes of a single card, for example 52:54:00:12:34:56", device, text);
+    usage_error("{}: give six bytes of a single card, for example 52:54:00:12:34:56", options.spelled("mac"));
   return mac;
 }
 
@@ -41,7 +40,8 @@ void refuse_others(const DeviceOptions& options, std::string_view kind,
                    std::initializer_list<std::string_view> names) {
   for (const std::string_view name : names)
     if (!options.text(name).empty())
-      usage_error("{},net={}: '{}' means nothing there; see lodge run --help", device, kind, name);
+      usage_error("{}: '{}' means nothing with --net {}; see lodge run --help", options.spelled(), name,
+                  kind);
 }
 
 net::TapConfig tap_config(const DeviceOptions& options) {
@@ -51,13 +51,13 @@ net::TapConfig tap_config(const DeviceOptions& options) {
     int fd = -1;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), fd);
     if (error != std::errc{} || end != text.data() + text.size() || fd < 3)
-      usage_error("{},fd={}: give numbers of open descriptors, for example 5:6", device, options.text("fd"));
+      usage_error("{}: give numbers of open descriptors, for example 5:6", options.spelled("fd"));
     tap.fds.push_back(fd);
   }
   if (tap.name.empty() == tap.fds.empty())
-    usage_error("--net tap: give ifname=NAME or fd=NUMBER, for example --net tap,ifname=tap0");
+    usage_error("{}: give ifname=NAME or fd=NUMBER, for example --net tap,ifname=tap0", options.spelled());
   if (tap.fds.size() > net::max_tap_queues)
-    usage_error("{},fd=: at most {} queues", device, net::max_tap_queues);
+    usage_error("{}: at most {} queues", options.spelled("fd"), net::max_tap_queues);
   return tap;
 }
 
@@ -79,24 +79,24 @@ net::Config network_config(const DeviceOptions& options, uint16_t mtu) {
     config.stream = {options.text("listen"), options.text("connect"),
                      static_cast<unsigned>(options.number("reconnect", 10, 3'600'000))};
   } else {
-    usage_error("{},net={}: unknown network; choose user, tap or stream", device, kind);
+    usage_error("{}: unknown network; choose user, tap or stream", options.spelled("net"));
   }
   if (kind != "tap" && options.number("queues", 1, net::max_tap_queues) != 1)
-    usage_error("{},net={}: only a tap has several queues", device, kind);
+    usage_error("{}: only a tap has several queues", options.spelled("queues"));
   config.capture = options.text("pcap");
   config.rate = options.amount("rate");
   config.burst = options.amount("burst");
   if (config.burst && !config.rate)
-    usage_error("{}: a burst needs its limit; give rate= with burst=", device);
+    usage_error("{}: a burst needs its limit; give rate= with burst=", options.spelled());
   return config;
 }
 
 }  // namespace
 
 std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options) {
-  Network::Config config{.mac = parse_mac(options.text("mac"), place_of(context, options))};
+  Network::Config config{.mac = mac_of(options, place_of(context, options))};
   config.mtu = static_cast<uint16_t>(options.number("mtu", 0, 65535));
-  if (config.mtu != 0 && config.mtu < 68) usage_error("{},mtu={}: give 68 to 65535", device, config.mtu);
+  if (config.mtu != 0 && config.mtu < 68) usage_error("{}: give 68 to 65535", options.spelled("mtu"));
   return mount(
       context, options,
       std::make_unique<Network>(context.ram, context.open_network(network_config(options, config.mtu)),

@@ -22,6 +22,9 @@ inline constexpr auto network_options = options_with_common(
     OptionSchema{"mac", "", "auto", "the card's address, for example 52:54:00:12:34:56"},
     OptionSchema{"mtu", "host_mtu", "0", "the largest packet, 68 to 65535; 0: as the network likes it"});
 
+// With what the addresses of cards without mac= begin; the sixth byte is another one for each place.
+inline constexpr std::string_view automatic_mac = "52:54:00:4c:4f:";
+
 // Throws UsageError naming the option.
 std::unique_ptr<MountedDevice> make_network(const DeviceContext& context, const DeviceOptions& options);
 

@@ -26,21 +26,21 @@ constexpr auto console_options = options_with_common(
     OptionSchema{"port2", "", "", "another"}, OptionSchema{"port3", "", "", "another"});
 
 // "NAME:WHERE"
-Console::PortConfig named_port(const DeviceContext& context, std::string_view option,
-                               const std::string& text) {
-  const std::string spelled = fmt::format("--device virtio-console,{}=", option);
+Console::PortConfig named_port(const DeviceContext& context, const DeviceOptions& options,
+                               std::string_view option) {
+  const std::string& text = options.text(option);
   const size_t colon = text.find(':');
   if (colon == 0 || colon == std::string::npos || colon > 64)
-    usage_error("{}{}: give NAME:WHERE, for example org.example.agent:pty", spelled, text);
-  return {text.substr(0, colon), context.open_backend(text.substr(colon + 1), spelled, true)};
+    usage_error("{}: give NAME:WHERE, for example org.example.agent:pty", options.spelled(option));
+  return {text.substr(0, colon),
+          context.open_backend(text.substr(colon + 1), options.spelled_name(option), true)};
 }
 
 std::unique_ptr<MountedDevice> make_console(const DeviceContext& context, const DeviceOptions& options) {
   std::vector<Console::PortConfig> ports;
-  ports.push_back(
-      {"", context.open_backend(options.text("console"), "--device virtio-console,console=", true)});
+  ports.push_back({"", context.open_backend(options.text("console"), options.spelled_name("console"), true)});
   for (const char* name : {"port1", "port2", "port3"})
-    if (!options.text(name).empty()) ports.push_back(named_port(context, name, options.text(name)));
+    if (!options.text(name).empty()) ports.push_back(named_port(context, options, name));
   auto console = std::make_unique<Console>(context.ram, std::move(ports), ring_features(options));
   Console& device = *console;
   auto mounted = mount(context, options, std::move(console));
@@ -78,16 +78,16 @@ block::RateLimits rate_limits(const DeviceOptions& options) {
   const block::RateLimits limits{options.amount("iops"), options.amount("bps"), options.amount("iops-burst"),
                                  options.amount("bps-burst")};
   if ((limits.operations_burst && !limits.operations) || (limits.bytes_burst && !limits.bytes))
-    usage_error(
-        "--device virtio-blk: a burst needs its limit; give iops= with iops-burst=, bps= with bps-burst=");
+    usage_error("{}: a burst needs its limit; give iops= with iops-burst=, bps= with bps-burst=",
+                options.spelled());
   return limits;
 }
 
 std::unique_ptr<MountedDevice> make_block(const DeviceContext& context, const DeviceOptions& options) {
-  if (options.text("file").empty()) usage_error("--device virtio-blk: the image is missing; give file=PATH");
+  if (options.text("file").empty())
+    usage_error("{}: the image is missing; give file=PATH", options.spelled());
   if (options.text("serial").size() > Block::max_serial)
-    usage_error("--device virtio-blk,serial={}: give at most {} characters", options.text("serial"),
-                Block::max_serial);
+    usage_error("{}: give at most {} characters", options.spelled("serial"), Block::max_serial);
   block::OpenOptions open;
   if (options.text("format") != "auto") open.format = options.text("format");
   open.read_only = options.flag("readonly");
@@ -111,7 +111,7 @@ constexpr auto vsock_options =
 std::unique_ptr<MountedDevice> make_vsock(const DeviceContext& context, const DeviceOptions& options) {
   const std::string& path = options.text("path");
   if (path.empty() || path.size() > Vsock::max_path)
-    usage_error("--device virtio-vsock,path={}: give the path of a Unix socket, 1 to {} characters", path,
+    usage_error("{}: give the path of a Unix socket, 1 to {} characters", options.spelled("path"),
                 Vsock::max_path);
   const auto cid =
       static_cast<uint32_t>(options.number("cid", Vsock::first_guest_cid, Vsock::last_guest_cid));
@@ -134,12 +134,12 @@ constexpr auto file_system_options = options_of_modern(
 std::unique_ptr<MountedDevice> make_file_system(const DeviceContext& context, const DeviceOptions& options) {
   const std::string& tag = options.text("tag");
   if (options.text("path").empty())
-    usage_error("--device virtio-fs: the folder is missing; give path=FOLDER");
+    usage_error("{}: the folder is missing; give path=FOLDER", options.spelled());
   if (tag.empty() || tag.size() > FileSystem::max_tag)
-    usage_error("--device virtio-fs,tag={}: give a name of 1 to {} characters", tag, FileSystem::max_tag);
+    usage_error("{}: give a tag of 1 to {} characters", options.spelled("tag"), FileSystem::max_tag);
   share::FuseServer::Config config;
   config.read_only = options.flag("readonly");
-  config.owners = share::owners_of_process("--device virtio-fs,owner=", options.text("owner"));
+  config.owners = share::owners_of_process(options.spelled_name("owner"), options.text("owner"));
   config.max_handles = FileSystem::files_that_may_be_open();
   auto folder = std::make_shared<share::Folder>(options.text("path"));
   return mount(
