@@ -24,6 +24,27 @@ build() {
   cmake --build "$top/build" "${targets[@]}" >"$log" 2>&1 || { tail -n 40 "$log" >&2; die "the build failed"; }
 }
 
+# Whether the arguments ask for help, for which nothing has to be set up.
+help_asked() {
+  local word
+  for word; do
+    case $word in -h | --help) return 0 ;; esac
+  done
+  return 1
+}
+
+# The comment at the head of the script.
+script_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+
+# prepare TARGET... [-- GUEST...]: packages, what is to be built, guests.
+prepare() {
+  local targets=()
+  while [ $# -gt 0 ] && [ "$1" != -- ]; do targets+=("$1"); shift; done
+  "$top/scripts/setup"
+  build "${targets[@]}"
+  [ $# -le 1 ] || "$top/scripts/fetch-guests" "${@:2}"
+}
+
 # apt-get with its download sandbox switched off for root, whose directories the _apt user cannot enter.
 apt_get() {
   local options=(-q)

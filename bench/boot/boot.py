@@ -64,7 +64,8 @@ def table(measured: dict[str, list[dict[str, float]]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench/boot/run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench/boot/run", description=__doc__,
+                                     epilog="Example: bench/boot/run --rounds 3 --only micro")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, metavar="N")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no round after this time")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")

@@ -231,7 +231,8 @@ def text(lines: list[dict[str, object]]) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/fio/run", description="fio in a guest on one disk image: Lodge's soft "
-                                     "accelerator beside QEMU's TCG, in turn.")  # fmt: skip
+                                     "accelerator beside QEMU's TCG, in turn.",
+                                     epilog="Example: bench/fio/run --rounds 1 --formats raw --sides lodge,qemu-threads")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4, help="of each job (default 4)")
     parser.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the disk (default 1024)")

@@ -128,7 +128,8 @@ def table(title: str, measured: dict[str, list[dict[str, float]]]) -> list[list[
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/login/run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench/login/run", description=__doc__,
+                                     epilog="Example: bench/login/run --rounds 3 --first 0")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of the image that was booted before (default 5)")
     parser.add_argument("--first", type=int, default=1, metavar="N", help="of its first boot (default 1)")
     parser.add_argument("--console", choices=CONSOLES, default="virtio", help="virtio: hvc0, as `lodge run` has it (default)")

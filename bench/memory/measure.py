@@ -94,7 +94,8 @@ def measure(command: list[str], wait: float) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench/memory/run", description=__doc__)
+    parser = argparse.ArgumentParser(prog="bench/memory/run", description=__doc__,
+                                     epilog="Example: bench/memory/run --rounds 1 --only lodge")  # fmt: skip
     parser.add_argument("--top", type=pathlib.Path, required=True, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="lodge,qemu", metavar="SIDES")

@@ -26,6 +26,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="bench/compare/run",
         description="Lodge's soft accelerator beside QEMU's TCG and the bare machine, in turn.",
+        epilog="Example: bench/compare/run --only integer,boot --rounds 1",
     )
     parser.add_argument("--rounds", type=int, help="runs of each side (default 3; with --quick 1)")
     groups = "integer, float, x87, tools, system, boot, smp, memory"

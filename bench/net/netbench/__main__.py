@@ -194,7 +194,8 @@ def table(network: Network, steps: list[Figure], samples: dict[str, list[dict[st
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bench/net/run", description="A guest's network on Lodge's soft accelerator beside QEMU's TCG, in turn."
+        prog="bench/net/run", description="A guest's network on Lodge's soft accelerator beside QEMU's TCG, in turn.",
+        epilog="Example: bench/net/run --only user --seconds 2",
     )
     parser.add_argument("--rounds", type=int, default=3, help="runs of each side (default %(default)s)")
     parser.add_argument("--only", default="user,tap", metavar="NETWORK[,NETWORK]", help="of user, tap")
