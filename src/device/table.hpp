@@ -15,6 +15,7 @@
 #include "block/image.hpp"
 #include "device/character.hpp"
 #include "device/disk.hpp"
+#include "device/spelling.hpp"
 #include "machine/bus.hpp"
 #include "machine/io.hpp"
 #include "machine/memory.hpp"
@@ -77,13 +78,6 @@ struct OptionSchema {
   std::string_view alias;     // another accepted spelling, or empty
   std::string_view fallback;  // the value when not given; empty: none
   std::string_view help;
-};
-
-// How the user asked for a device, for messages: they speak of what was typed, not of what it stands for.
-struct Spelling {
-  std::string option;                // "--disk a.img"; empty: "--device NAME"
-  std::vector<std::string> in_it{};  // the device's options whose values `option` gives itself, such as file
-  bool operator==(const Spelling&) const = default;
 };
 
 // The options of one device: complete, known and with their defaults filled in.

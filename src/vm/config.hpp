@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "device/table.hpp"
+#include "device/spelling.hpp"
 #include "kvm/soft/options.hpp"
 #include "machine/memory.hpp"
 #include "vm/seed.hpp"
