@@ -76,31 +76,31 @@ Slot* MemoryMap::first_in(uint64_t gpa, uint64_t size) const noexcept {
   return (*next)->gpa - gpa < size ? next->get() : nullptr;
 }
 
+MemoryMap::Piece MemoryMap::piece_of(Slots slots) {
+  const uint64_t first = slots.front()->gpa;
+  return {.first = first, .slots = std::make_shared<const Slots>(std::move(slots))};
+}
+
 // By one piece, by two when they are too many, or by none.
 void MemoryMap::replace(std::vector<Piece>::const_iterator old, Slots slots) {
-  const auto at = pieces_.begin() + (old - pieces_.cbegin());
   if (slots.empty()) {
-    pieces_.erase(at);
+    pieces_.erase(old);
     return;
   }
+  const auto at = old - pieces_.cbegin();
   if (slots.size() > most_of_a_piece) {
     const auto middle = slots.begin() + static_cast<ptrdiff_t>(slots.size() / 2);
-    auto upper = std::make_shared<const Slots>(middle, slots.end());
+    pieces_.insert(std::next(old), piece_of(Slots(middle, slots.end())));
     slots.erase(middle, slots.end());
-    const uint64_t first = slots.front()->gpa;
-    *at = {.first = first, .slots = std::make_shared<const Slots>(std::move(slots))};
-    pieces_.insert(std::next(at), {.first = upper->front()->gpa, .slots = std::move(upper)});
-    return;
   }
-  const uint64_t first = slots.front()->gpa;
-  *at = {.first = first, .slots = std::make_shared<const Slots>(std::move(slots))};
+  pieces_[static_cast<size_t>(at)] = piece_of(std::move(slots));
 }
 
 void MemoryMap::insert(std::shared_ptr<Slot> slot) {
   const uint64_t gpa = slot->gpa;
   const auto at = piece(gpa);
   if (at == pieces_.end()) {
-    pieces_.push_back({.first = gpa, .slots = std::make_shared<const Slots>(1, std::move(slot))});
+    pieces_.push_back(piece_of({std::move(slot)}));
     return;
   }
   Slots slots = *at->slots;

@@ -97,6 +97,7 @@ class MemoryMap {
     uint64_t first;                      // gpa of its first slot
     std::shared_ptr<const Slots> slots;  // never empty
   };
+  static Piece piece_of(Slots slots);  // which are not empty
   // The last piece that begins at or below `gpa`; the first when none does.
   std::vector<Piece>::const_iterator piece(uint64_t gpa) const noexcept;
   void replace(std::vector<Piece>::const_iterator old, Slots slots);

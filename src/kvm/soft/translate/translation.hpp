@@ -7,6 +7,7 @@
 #include <list>
 #include <memory>
 #include <memory_resource>
+#include <utility>
 #include <vector>
 
 #include "kvm/soft/interpret/block.hpp"
@@ -71,7 +72,7 @@ class Translation {
       : block(of),
         profile(of_profile),
         boundary(entered),
-        hints(how),
+        hints(std::move(how)),
         sites(&memory),
         exits(&memory),
         faults(&memory) {}
