@@ -139,7 +139,7 @@ void build(const DebianDisk& disk, int fd, EndSignals& signals, const BuildProgr
 }
 
 std::string detail::explain(const std::deque<std::string>& lines, const std::string& user) {
-  const std::string why = reason(lines);
+  std::string why = reason(lines);
   // It has tried all of its ways without root.
   if (why.find("unable to pick chroot mode") == std::string::npos) return why;
   return fmt::format(

@@ -21,8 +21,6 @@
 #include "base/error.hpp"
 #include "base/fd.hpp"
 
-extern char** environ;
-
 namespace lodge::distribution {
 namespace {
 
@@ -30,6 +28,7 @@ constexpr int inherited_as = 9;
 
 std::vector<char*> pointers(std::vector<std::string>& texts) {
   std::vector<char*> all;
+  all.reserve(texts.size() + 1);
   for (auto& text : texts) all.push_back(text.data());
   all.push_back(nullptr);
   return all;
@@ -41,7 +40,7 @@ std::vector<std::string> environment_with(const std::map<std::string, std::strin
     const std::string text = *entry;
     if (!more.contains(text.substr(0, text.find('=')))) all.push_back(text);
   }
-  for (const auto& [name, value] : more) all.push_back(name + "=" + value);
+  for (const auto& [name, value] : more) all.push_back(fmt::format("{}={}", name, value));
   return all;
 }
 

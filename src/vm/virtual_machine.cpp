@@ -282,7 +282,7 @@ std::string VirtualMachine::plug(DeviceConfig device) {
     bus = empty->port;
   }
   machine_->plug(device);
-  const std::string port = bus;
+  std::string port = bus;
   config_.devices.push_back(std::move(device));
   return port;
 }

@@ -118,7 +118,7 @@ bool quotient_fits(T divisor, T low, T high) noexcept {
     constexpr unsigned bits = sizeof(T) * 8;
     const Wide dividend =
         static_cast<Wide>(static_cast<S>(high)) * (Wide{1} << bits) + static_cast<Wide>(low);
-    const auto by = static_cast<Wide>(static_cast<S>(divisor));
+    const auto by = static_cast<Wide>(static_cast<S>(divisor));  // NOLINT(bugprone-signed-char-misuse)
     // The one quotient that overflows the wide type itself (most negative / -1) is out of range anyway.
     if (by == -1 && high == T{1} << (bits - 1) && low == 0) return false;
     const Wide quotient = dividend / by;
