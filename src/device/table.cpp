@@ -182,13 +182,11 @@ const std::string& DeviceOptions::text(std::string_view name) const {
 }
 
 std::string DeviceOptions::spelled_name(std::string_view name) const {
-  if (std::ranges::find(spelling_.in_it, name) != spelling_.in_it.end()) return spelling_.option;
-  return fmt::format("{},{}", spelling_.option, name);
+  return spelling_.gives(name) ? spelling_.option : fmt::format("{},{}", spelling_.option, name);
 }
 
 std::string DeviceOptions::spelled(std::string_view name) const {
-  if (std::ranges::find(spelling_.in_it, name) != spelling_.in_it.end()) return spelling_.option;
-  return fmt::format("{},{}={}", spelling_.option, name, text(name));
+  return spelling_.gives(name) ? spelling_.option : fmt::format("{}={}", spelled_name(name), text(name));
 }
 
 uint64_t DeviceOptions::number(std::string_view name, uint64_t minimum, uint64_t maximum) const {

@@ -1,5 +1,7 @@
 #include "device/virtio/network_options.hpp"
 
+#include <fmt/format.h>
+
 #include <charconv>
 #include <cstdio>
 
@@ -12,8 +14,8 @@ namespace {
 
 // Locally administered, and another one for each place.
 Mac mac_of(const DeviceOptions& options, unsigned place) {
-  const std::string& text = options.text("mac");
-  if (text == "auto") return {0x52, 0x54, 0x00, 0x4c, 0x4f, static_cast<uint8_t>(place)};
+  std::string text = options.text("mac");
+  if (text == "auto") text = fmt::format("{}{:02x}", automatic_mac, static_cast<uint8_t>(place));
   Mac mac{};
   int length = 0;
   const int count = std::sscanf(text.c_str(), "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%n", &mac[0], &mac[1],
