@@ -33,10 +33,14 @@ help_asked() {
   return 1
 }
 
-# The comment at the head of the script.
-script_help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+# For a script whose help is the comment at its head: prints it and ends when the arguments ask for it.
+offer_help() {
+  help_asked "$@" || return 0
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+  exit
+}
 
-# prepare TARGET... [-- GUEST...]: packages, what is to be built, guests.
+# prepare [TARGET...] [-- GUEST...]: packages, what is to be built (default: everything), guests.
 prepare() {
   local targets=()
   while [ $# -gt 0 ] && [ "$1" != -- ]; do targets+=("$1"); shift; done
