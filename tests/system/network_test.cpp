@@ -59,7 +59,7 @@ TEST_F(Network, TapCarriesFilesAndPings) {
       // A listener whose input ends would end the connection.
       "sleep 10000 | busybox nc -l -p 9000 >back &\n"
       "(until busybox ping -c 2 -W 5 10.77.0.2 >ping 2>&1 && grep -q '2 packets received' ping; do sleep 1; "
-      "done) &\n"
+      "done; touch pinged) &\n"
       "\"$@\"";
   auto words = in_own_network();
   words.insert(words.end(), {"/bin/sh", "-c", script, "sh"});
@@ -72,7 +72,9 @@ TEST_F(Network, TapCarriesFilesAndPings) {
   process.send(
       "ip addr add 10.77.0.2/24 dev eth0; ip link set eth0 up; ping -c 3 10.77.0.1; "
       "wget -q -O /tmp/file http://10.77.0.1:8080/file; sha256sum /tmp/file; nc 10.77.0.1 9000 </tmp/file; "
-      "ls /sys/class/net/eth0/queues; ping -c 3 10.77.0.1; sleep 2; echo script=$((40+2)); poweroff -f\n");
+      "ls /sys/class/net/eth0/queues; ping -c 3 10.77.0.1; "
+      "until wget -q -O /dev/null http://10.77.0.1:8080/pinged; do sleep 1; done; "
+      "echo script=$((40+2)); poweroff -f\n");
   ASSERT_TRUE(process.wait_output("script=42", boot_patience)) << process.out() << process.err();
   EXPECT_EQ(process.wait_exit(answer_patience), 0) << process.out() << process.err();
   const std::string sum = sum_of(directory / "file");
